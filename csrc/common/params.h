@@ -1,0 +1,148 @@
+// What a kernel is told: plain structs of pointers, strides and sizes, the same for the CUDA and
+// the CPU kernels.
+//
+// Symbols: T tokens, K input features, S slices, N_i output features of slice i, L slots, R maximum
+// rank, r_l rank of slot l. Strides and offsets count elements and are 64-bit throughout.
+#pragma once
+
+#include <cstdint>
+
+#include "common/plan.h"
+
+#ifdef __CUDACC__
+#define LORA_EXT_HOST_DEVICE __host__ __device__
+#else
+#define LORA_EXT_HOST_DEVICE
+#endif
+
+namespace lora_ext {
+
+constexpr int kMaxSlices = 8;
+constexpr int kMaxRank = 1024;
+
+enum class DType : int { kFloat32, kFloat16, kBFloat16, kFloat64 };
+
+// One side (A or B) of a module's adapters, wherever it lies: the three layouts of DESIGN come down
+// to this. Row `row` of slice i of slot l, in a slot of rank r, starts at
+//   base[i] + slot_start + (first_row[i] + (rows_by_rank ? i * r : 0) + row) * (row_stride[i] ?
+//   row_stride[i] : r)
+// with slot_start = slot_offsets ? slot_offsets[l] : l * slot_stride[i].
+struct Factor {
+  const void* base[kMaxSlices];
+  int64_t slot_stride[kMaxSlices];
+  int64_t row_stride[kMaxSlices];  // 0: rows of r_l elements, one behind the other (flat B)
+  int64_t first_row[kMaxSlices];   // packed B: where slice i starts
+  const int64_t* slot_offsets;     // [L] flat layout, else null
+  bool rows_by_rank;               // packed and flat A: slice i starts at row i * r_l
+
+  LORA_EXT_HOST_DEVICE int64_t stride(int slice, int rank) const {
+    return row_stride[slice] != 0 ? row_stride[slice] : rank;
+  }
+  LORA_EXT_HOST_DEVICE int64_t row_offset(int slot, int slice, int rank, int64_t row) const {
+    const int64_t start = slot_offsets != nullptr ? slot_offsets[slot] : slot * slot_stride[slice];
+    return start + (first_row[slice] + (rows_by_rank ? int64_t{slice} * rank : 0) + row) *
+                       stride(slice, rank);
+  }
+};
+
+// Output slices: slice i covers columns [offset[i], offset[i + 1]) of y.
+struct Slices {
+  int32_t count;
+  int32_t offset[kMaxSlices + 1];
+};
+
+// plan_batch_: slots per token, or per segment with exactly one of seg_lens and seg_indptr.
+struct PlanParams {
+  const int32_t* slots;       // [n]
+  const int32_t* seg_lens;    // [n] or null
+  const int32_t* seg_indptr;  // [n + 1] or null
+  int64_t n;
+  PlanView plan;
+  void* stream;
+};
+
+// xa[t, i * r + j] = scaling * sum_k x[t, k] * A[j, k], for the slot of token t.
+struct ShrinkParams {
+  const void* x;  // [T, K]
+  int64_t x_stride;
+  DType dtype;  // of x and A
+  Factor a;
+  const int32_t* ranks;   // [L]
+  const float* scalings;  // [L]
+  PlanView plan;
+  int64_t num_tokens;  // T
+  int64_t in_features;
+  int32_t num_slices, max_rank;
+  void* xa;  // [T, S * R] fp32 (fp64 where dtype is), fully written: 0 where no adapter reaches
+  int64_t xa_stride;
+  void* stream;
+};
+
+// y[t, offset_i + n] += sum_j xa[t, i * r + j] * B[n, j], read and rounded once.
+struct ExpandParams {
+  const void* xa;  // [T, S * R] fp32 (fp64 where dtype is)
+  int64_t xa_stride;
+  void* y;  // [T, >= sum N_i]
+  int64_t y_stride;
+  DType dtype, y_dtype;  // of B, of y
+  Factor b;
+  const int32_t* ranks;
+  PlanView plan;
+  int64_t num_tokens;
+  Slices slices;
+  int32_t max_rank;
+  void* stream;
+};
+
+// Both, without a trip of the intermediate through memory where the kernel can.
+struct ApplyParams {
+  const void* x;
+  int64_t x_stride;
+  void* y;
+  int64_t y_stride;
+  DType dtype, y_dtype;
+  Factor a, b;
+  const int32_t* ranks;
+  const float* scalings;
+  PlanView plan;
+  int64_t num_tokens, in_features;
+  Slices slices;
+  int32_t max_rank;
+  bool batch_invariant;  // a row's bits must not depend on what else is in the batch
+  void* workspace;  // fp32 (fp64) elements, as many as the kernel's workspace function asks for
+  void* stream;
+};
+
+// xa[t, j] = scaling * A[slot, j, id - vocab_start], or extra_a[slot, id - vocab_start - V, j]
+// behind the vocabulary.
+struct EmbeddingParams {
+  const void* ids;  // [T] int32 or int64
+  bool ids_are_int64;
+  const void* a;  // [L, R, V], any strides
+  int64_t a_slot_stride, a_rank_stride, a_vocab_stride;
+  const void* extra_a;  // [L, X, R] or null
+  int64_t extra_slot_stride, extra_token_stride, num_extra;
+  DType dtype;
+  const int32_t* ranks;
+  const float* scalings;
+  PlanView plan;
+  int64_t num_tokens, vocab_start, vocab_size;  // vocab_size: V
+  int32_t max_rank;
+  void* xa;  // [T, R] fp32 (fp64 where dtype is), fully written
+  int64_t xa_stride;
+  void* stream;
+};
+
+// token_slots[t] = slot of the segment of t if its rank is not 0, else -1; enabled[l] = 1 where a
+// token has slot l.
+struct MoeInfoParams {
+  const int32_t* seg_indptr;  // [n + 1]
+  const int32_t* seg_slots;   // [n]
+  const int32_t* ranks;       // [L]
+  int64_t num_segments, num_slots, num_tokens;
+  int32_t* token_slots;  // [num_tokens], the padding tail included
+  int32_t* enabled;      // [L]
+  void* stream;
+};
+
+}  // namespace lora_ext

@@ -1,0 +1,22 @@
+// The CUDA launchers, as the ops call them: no CUDA header needed. Each queues its kernels on
+// params.stream and returns the cudaError_t of the launch as an int; none synchronises or
+// allocates.
+#pragma once
+
+#include <cstdint>
+
+#include "common/params.h"
+
+namespace lora_ext::cuda {
+
+int plan_batch(const PlanParams& params);
+int shrink(const ShrinkParams& params);
+int expand(const ExpandParams& params);
+int apply(const ApplyParams& params);
+int64_t apply_workspace(const ApplyParams& params);  // fp32 elements
+int embedding(const EmbeddingParams& params);
+int moe_info(const MoeInfoParams& params);
+
+const char* error_string(int error);
+
+}  // namespace lora_ext::cuda
