@@ -19,67 +19,17 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
+from _build_backend import cuda_architectures, find_nvcc, find_torch
+
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT))
-
-from _build_backend import find_torch  # noqa: E402
-
-MIN_NVCC = (12, 4)
-# The PTX of 8.0 keeps GPUs newer than any toolkit known here working, through the driver's JIT.
-DEFAULT_ARCH_LIST = "8.0+PTX;9.0a"
 # An environment's cmake and ninja serve its pip also where it is not activated.
 os.environ["PATH"] = sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]
 TEST_BUILD = os.environ.get("LORA_EXT_TEST_BUILD") == "1"
 
 
-def find_nvcc() -> Path | None:
-    """Return the nvcc to build with, or None for a CPU-only build."""
-    if os.environ.get("LORA_EXT_NO_CUDA") == "1":
-        print("lora_ext: CPU-only build, because LORA_EXT_NO_CUDA=1")
-        return None
-    cuda_home = os.environ.get("CUDA_HOME")
-    on_path = shutil.which("nvcc")
-    if cuda_home:
-        nvcc = Path(cuda_home) / "bin" / "nvcc"
-    elif on_path:
-        nvcc = Path(on_path)
-    else:
-        nvcc = Path("/usr/local/cuda/bin/nvcc")
-    if not nvcc.exists():
-        if cuda_home:
-            raise RuntimeError(f"CUDA_HOME={cuda_home} has no bin/nvcc")
-        print("lora_ext: CPU-only build, because no nvcc was found; set CUDA_HOME to name one")
-        return None
-    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    release = re.search(r"release (\d+)\.(\d+)", text)
-    if release is None:
-        raise RuntimeError(f"{nvcc} --version names no release:\n{text}")
-    version = (int(release[1]), int(release[2]))
-    if version < MIN_NVCC:
-        raise RuntimeError(
-            f"{nvcc} is CUDA {version[0]}.{version[1]}; lora_ext needs {MIN_NVCC[0]}.{MIN_NVCC[1]} "
-            "or newer. LORA_EXT_NO_CUDA=1 builds for the CPU only"
-        )
-    return nvcc
-
-
-def cuda_architectures() -> str:
-    """Return TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX") in CMake's terms ("80-real;90a")."""
-    arch_list = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCH_LIST
-    architectures = []
-    for arch in re.split(r"[;,\s]+", arch_list.strip()):
-        match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", arch)
-        if match is None:
-            raise RuntimeError(
-                f"TORCH_CUDA_ARCH_LIST has {arch!r}; expected numbers such as 8.0, 9.0a or 9.0+PTX"
-            )
-        architectures.append(match[1] + match[2] + ("" if match[3] else "-real"))
-    return ";".join(architectures)
-
-
 def run_logged(command: list[str], log: Path) -> None:
     """Run ``command``; ptxas' register and spill report goes to ``log`` only."""
-    with log.open("w") as file:
+    with log.open("a") as file:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
         )
@@ -105,6 +55,8 @@ class CMakeBuild(build_ext):
             raise RuntimeError("no torch is installed: pip install 'torch>=2.10'")
         options = {
             "CMAKE_BUILD_TYPE": "Release",
+            # Named each time: the one in CMake's cache may be from an isolated build, gone by now.
+            "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),
             "LORA_EXT_VERSION": self.distribution.get_version(),
             "LORA_EXT_TEST_BUILD": "ON" if TEST_BUILD else "OFF",
             "TORCH_DIR": torch,
