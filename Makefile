@@ -8,7 +8,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 TORCH := torch==$(TORCH_VERSION)
 BUILD_TOOLS := 'setuptools>=77' 'cmake>=3.25' ninja pybind11
 
-.PHONY: demo test install clean
+.PHONY: demo test install environment clean
 
 demo: install
 	$(VENV)/bin/lora-ext demo
@@ -17,10 +17,11 @@ test: export LORA_EXT_TEST_BUILD = 1
 test: install
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
-install: $(VENV)/torch-$(TORCH_VERSION)
+install: environment
 	$(PIP) install -q $(TORCH) '.[hf,test]' --no-build-isolation
 	@$(VENV)/bin/python -c 'import lora_ext._library as lib; print(lib.describe_build())'
 
+environment: $(VENV)/torch-$(TORCH_VERSION)
 $(VENV)/torch-$(TORCH_VERSION):
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q $(TORCH) numpy $(BUILD_TOOLS)

@@ -45,7 +45,7 @@ def load(library: Path = LIBRARY) -> None:
             for, and what is running.
     """
     try:
-        torch.ops.load_library(library)
+        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError) as error:
         raise ImportError(
             f"cannot load {library}: {error}\n"
