@@ -23,6 +23,8 @@ REQUIRED = {
 }
 SYSTEM_LIBRARIES = r"libtorch|libstdc\+\+|libgcc_s|libm|libc|libdl|librt|libpthread|ld-linux.*"
 
+STREAM_GETTER = "aoti_torch_get_current_cuda_stream"
+
 
 def output_of(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -39,7 +41,7 @@ def check_files(wheel: Path, names: set[str]) -> None:
     assert not strays, f"in the wheel, but not part of the package: {strays}"
 
 
-def check_library(library: Path, cuda: bool) -> None:
+def check_library(library: Path) -> None:
     """One library for every torch and Python: it needs libtorch's C shims and the system only."""
     needed = re.findall(r"\(NEEDED\).*\[(.+)\]", output_of("readelf", "-d", str(library)))
     assert "libtorch.so" in needed, f"libtorch.so is not among {needed}"
@@ -50,16 +52,17 @@ def check_library(library: Path, cuda: bool) -> None:
     undefined = {name for kind, name in symbols if kind == "U" and "@" not in name}
     unstable = {name for name in undefined if not re.match(r"aoti_torch_|torch_", name)}
     assert not unstable, f"not of the stable ABI: {unstable}"
-    weak = {name for kind, name in symbols if kind == "w"}
-    assert ("aoti_torch_get_current_cuda_stream" in weak) == cuda, "the stream getter's declaration"
+    assert STREAM_GETTER not in undefined, f"{STREAM_GETTER}, of libtorch_cuda, must be weak"
 
 
 def main() -> None:
     wheel, kind = Path(sys.argv[1]), sys.argv[2]
     with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as directory:
         check_files(wheel, set(archive.namelist()))
+        build_info = archive.read("lora_ext/_build_info.py").decode()
+        assert (kind == "cpu") == ('CUDA_VERSION = ""' in build_info), build_info
         library = Path(archive.extract("lora_ext/_C.so", directory))
-        check_library(library, cuda=kind == "cuda")
+        check_library(library)
         torch.ops.load_library(library)  # type: ignore[no-untyped-call]
         print(f"{wheel.name} ({kind}): {library.stat().st_size / 2**20:.1f} MiB, loads in torch")
 
