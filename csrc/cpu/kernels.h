@@ -1,8 +1,8 @@
-// The CPU kernels: the same parameters as the CUDA ones (the stream is ignored), the same results
-// up to rounding.
+// The CPU kernels: the same parameter structs as the CUDA kernels, on host pointers.
+//
+// Every output element is summed by one thread in one fixed order, which depends on nothing but its
+// own row: the bits are the same for any number of threads and for any other rows in the batch.
 #pragma once
-
-#include <cstdint>
 
 #include "common/params.h"
 
@@ -10,10 +10,15 @@ namespace lora_ext::cpu {
 
 void plan_batch(const PlanParams& params);
 void shrink(const ShrinkParams& params);
+// shrink without the zeros where no adapter reaches: for a caller that reads only what is there.
+void shrink_adapters(const ShrinkParams& params);
 void expand(const ExpandParams& params);
-void apply(const ApplyParams& params);
-int64_t apply_workspace(const ApplyParams& params);  // elements of the accumulator's type
 void embedding(const EmbeddingParams& params);
 void moe_info(const MoeInfoParams& params);
+
+// apply needs `apply_workspace(params)` elements (fp32, or fp64 where dtype is) in
+// params.workspace.
+int64_t apply_workspace(const ApplyParams& params);
+void apply(const ApplyParams& params);
 
 }  // namespace lora_ext::cpu
