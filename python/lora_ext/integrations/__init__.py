@@ -1,0 +1,1 @@
+"""Models of other libraries with lora_ext's layers in them."""

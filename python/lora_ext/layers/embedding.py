@@ -1,0 +1,52 @@
+"""LoRAEmbedding: an embedding in which every row of the batch has its own adapter, or none."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from .base import LoRAModule, require_inference
+from .routing import Routing
+
+
+class LoRAEmbedding(LoRAModule):
+    """``nn.Embedding`` plus the adapter of each token: y += scaling * A[:, id] B^T, in place.
+
+    ``lora_a`` is ``[L, V, R]``, so that one id's values lie side by side; ``lora_b`` ``[L, D, R]``.
+    """
+
+    def __init__(
+        self, base: nn.Embedding, num_slots: int, max_rank: int, routing: Routing | None = None
+    ) -> None:
+        super().__init__(
+            base, base.num_embeddings, base.embedding_dim, num_slots, max_rank, routing
+        )
+
+    def _shape_a(self) -> tuple[int, int, int]:
+        return (self.num_slots, self.in_features, self.max_rank)
+
+    @torch.no_grad()
+    def write_slot(self, slot: int, lora_a: Tensor, lora_b: Tensor) -> None:
+        """Copy an adapter's A ``[r, V]`` and B ``[D, r]`` into a slot, which must have rank 0."""
+        rank = lora_a.shape[0]
+        self.lora_a[slot, :, :rank].copy_(lora_a.t())
+        self.lora_b[slot, :, :rank].copy_(lora_b)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return ``[..., D]`` for int32 or int64 ids ``[...]``."""
+        y: Tensor = self.base(ids)
+        plan = self._plan(ids.shape)
+        if plan is None:
+            return y
+        require_inference(y)
+        ops.lora_embedding_apply_(
+            y.view(-1, self.out_features),
+            ids.reshape(-1),
+            self.lora_a.transpose(1, 2),
+            self.lora_b,
+            self.ranks,
+            self.scalings,
+            plan,
+        )
+        return y

@@ -1,0 +1,118 @@
+"""Which plan a layer uses: one Routing is shared by all layers of a model."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..batch import LoRABatch
+
+
+class RowPlans:
+    """Plans of a batch given as rows: one slot per row, and every token of a row has its slot.
+
+    A layer's input ``[rows, tokens, ...]`` says which plan it needs, so prefill, decode and an
+    lm_head that sees only the last tokens of each row all find theirs. Where a batch has grown by
+    a factor (beam search, several sequences per prompt), row i became rows i * factor and on.
+
+    Args:
+        slots: slot per row, -1 for none.
+        num_slots: L, the slots of the layers.
+        device: where the layers run.
+    """
+
+    KEPT_SHAPES = 8  # shapes whose plans are kept; one forward of a decoder has two
+
+    static = False
+
+    def __init__(self, slots: Sequence[int], num_slots: int, device: torch.device) -> None:
+        self._slots = np.asarray(slots, np.int32)
+        self._num_slots = num_slots
+        self._device = device
+        self._active = bool((self._slots >= 0).any())
+        self._batches: OrderedDict[tuple[int, int], LoRABatch] = OrderedDict()
+
+    def plan(self, shape: torch.Size) -> Tensor | None:
+        """Return the plan for an input of ``shape`` ``[rows, tokens]``; None: no adapter at all.
+
+        Raises:
+            ValueError: the input has no rows, or their number is no multiple of the rows given.
+        """
+        if not self._active:
+            return None
+        if len(shape) != 2:
+            raise ValueError(
+                f"a layer got an input of shape {list(shape)} beside its features, expected "
+                "[rows, tokens]: where rows are flattened or regrouped, adapters per row cannot be "
+                "told apart (leave such modules out with target_modules, or route a LoRABatch)"
+            )
+        batch = self._batches.get((shape[0], shape[1]))
+        if batch is None:
+            batch = self._add(shape[0], shape[1])
+        return batch.plan
+
+    def _add(self, rows: int, tokens: int) -> LoRABatch:
+        factor, rest = divmod(rows, len(self._slots))
+        if rest:
+            raise ValueError(
+                f"the batch has {rows} rows, which is no multiple of the {len(self._slots)} "
+                "adapters given for its rows"
+            )
+        # The oldest buffer serves again where it is large enough: its readers were launched before.
+        batch = None
+        if len(self._batches) >= self.KEPT_SHAPES:
+            batch = self._batches.popitem(last=False)[1]
+        if batch is None or batch.max_tokens < rows * tokens:
+            batch = LoRABatch(rows * tokens, self._num_slots, self._device)
+        batch.update(np.repeat(self._slots, factor), seg_lens=np.full(rows, tokens))
+        self._batches[rows, tokens] = batch
+        return batch
+
+
+class BatchPlan:
+    """The plan of one LoRABatch for every input: flattened tokens, as engines have them."""
+
+    def __init__(self, batch: LoRABatch) -> None:
+        self._batch = batch
+        self.static = batch.static
+
+    def plan(self, shape: torch.Size) -> Tensor | None:
+        """Return the batch's plan; None where the batch uses no adapter and no graph needs it."""
+        batch = self._batch
+        return batch.plan if self.static or batch.has_active_lora else None
+
+
+class Routing:
+    """The source of plans that is in force, if any: without one, layers compute the base model.
+
+    Attributes:
+        source: where layers get their plans from; changed by ``using`` alone.
+    """
+
+    def __init__(self) -> None:
+        self.source: RowPlans | BatchPlan | None = None
+        self._owner: int | None = None
+
+    @contextmanager
+    def using(self, source: RowPlans | LoRABatch) -> Iterator[None]:
+        """Route by ``source`` inside a ``with`` block; blocks may nest, the innermost counts.
+
+        Raises:
+            RuntimeError: another thread is inside such a block.
+        """
+        me = threading.get_ident()
+        before = (self.source, self._owner)
+        if before[1] not in (None, me):
+            raise RuntimeError("another thread routes a batch through these layers at the moment")
+        self.source = BatchPlan(source) if isinstance(source, LoRABatch) else source
+        self._owner = me
+        try:
+            yield
+        finally:
+            self.source, self._owner = before
