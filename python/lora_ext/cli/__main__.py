@@ -1,0 +1,7 @@
+"""``python -m lora_ext.cli`` is ``lora-ext``."""
+
+import sys
+
+from . import main
+
+sys.exit(main())
