@@ -168,7 +168,7 @@ def check(
     options = {"attention_mask": mask, "max_new_tokens": tokens, "do_sample": False}
 
     print(
-        f"\none batch of {len(rows)} rows ({device}, {dtype}), each row compared with PEFT alone (float32)"
+        f"\none batch of {len(rows)} rows ({device}, {dtype}); then PEFT, one row at a time (float32)"
     )
     output = model.generate(
         ids, adapters=adapters, return_dict_in_generate=True, output_logits=True, **options
