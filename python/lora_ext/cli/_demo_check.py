@@ -16,8 +16,8 @@ from peft import PeftModel
 # PEFT computes in float32, on weights rounded to the batch's dtype. In float32 each of some twenty
 # products in a row rounds to 1e-7 and is summed in another order: 2e-6 was seen. In half precision
 # every layer's output is rounded to 2**-8 or 2**-11: up to 8 of these units were seen, and up to 9
-# with PEFT itself in half precision. For scale: a scaling 1 % off changes a row's logits by 0.012 or
-# more, a module left out by 0.3.
+# with PEFT itself in half precision. For scale: a scaling 1 % off changes a row's logits by 0.012
+# or more, a module left out by 0.3.
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 12 * 2.0**-8, torch.float16: 12 * 2.0**-11}
 
 
