@@ -73,8 +73,9 @@ struct ShrinkParams {
   int64_t num_tokens;  // T
   int64_t in_features;
   int32_t num_slices, max_rank;
-  void* xa;  // [T, S * R] fp32 (fp64 where dtype is), fully written: 0 where no adapter reaches
+  void* xa;  // [T, S * R] fp32 (fp64 where dtype is)
   int64_t xa_stride;
+  bool fill;  // write 0 where no adapter reaches; else those elements are left as they are
   void* stream;
 };
 

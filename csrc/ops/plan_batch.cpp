@@ -1,5 +1,6 @@
 // plan_batch_: from slots per token or per segment to the plan that every layer of the batch
 // shares.
+#include "kernels/heuristics.h"
 #include "ops/dispatch.h"
 
 namespace lora_ext {
@@ -31,7 +32,8 @@ void check_on_host(const PlanParams& params) {
 void plan_batch_(const Tensor plan, const Tensor slots, const OptionalTensor seg_lens,
                  const OptionalTensor seg_indptr, int64_t num_slots) {
   check(!seg_lens.has_value() || !seg_indptr.has_value(), "give seg_lens or seg_indptr, not both");
-  check(num_slots >= 0, "num_slots is ", num_slots);
+  check(num_slots >= 0 && num_slots <= kMaxSlots, "num_slots must be between 0 and ", kMaxSlots,
+        ", got ", num_slots);
   PlanParams params{};
   params.slots = int32_vector("slots", slots, plan);
   params.n = slots.numel();

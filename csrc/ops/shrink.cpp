@@ -30,6 +30,7 @@ Tensor lora_shrink(const Tensor x, const Tensors lora_a, const Tensor ranks, con
   Tensor xa = empty_accumulator(x, input.dtype, {input.rows, num_slices * max_rank});
   params.xa = xa.mutable_data_ptr();
   params.xa_stride = num_slices * max_rank;
+  params.fill = true;
   if (input.rows > 0) {
     launch("lora_shrink", x, params, LORA_EXT_KERNEL(shrink));
   }

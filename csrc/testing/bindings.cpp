@@ -1,8 +1,91 @@
-// Host-side C++ that is no operator, for pytest: the heuristics. Built only with LORA_EXT_TEST_BUILD=1.
+// Host-side C++ that is no operator, for pytest: the plan's layout, the tile planner and the
+// heuristics. Built only with LORA_EXT_TEST_BUILD=1.
 #include <pybind11/pybind11.h>
 
-#if __has_include("kernels/heuristics.h")
+#include "common/plan.h"
 #include "kernels/heuristics.h"
-#endif
 
-PYBIND11_MODULE(_testing, m) { m.doc() = "Host-side C++ of lora_ext, for the tests."; }
+namespace py = pybind11;
+using namespace py::literals;
+using namespace lora_ext;
+
+namespace {
+
+void bind_plan(py::module_& m) {
+  m.attr("TILE_TOKENS") = kTileTokens;
+  m.attr("WIDE_TILE_TOKENS") = kWideTileTokens;
+  m.attr("MAX_SLOTS") = kMaxSlots;
+  m.attr("MAX_SHARED_BYTES") = kMaxSharedBytes;
+  py::class_<PlanLayout>(m, "PlanLayout")
+      .def(py::init<int64_t, int64_t>(), py::kw_only(), "max_tokens"_a, "num_slots"_a)
+      .def_readonly("tiles", &PlanLayout::tiles)
+      .def_readonly("wide_tiles", &PlanLayout::wide_tiles)
+      .def_readonly("token_slots", &PlanLayout::token_slots)
+      .def_readonly("permutation", &PlanLayout::permutation)
+      .def_readonly("seg_indptr", &PlanLayout::seg_indptr)
+      .def_readonly("seg_slots", &PlanLayout::seg_slots)
+      .def_readonly("slot_indptr", &PlanLayout::slot_indptr)
+      .def_readonly("enabled", &PlanLayout::enabled)
+      .def_readonly("size", &PlanLayout::size)
+      .def("tile_capacity", &PlanLayout::tile_capacity, "tokens"_a, "tile_tokens"_a);
+  m.def("plan_size", &plan_size, "max_tokens"_a, "num_slots"_a);
+  m.def("plan_max_tokens", &plan_max_tokens, "size"_a, "num_slots"_a);
+  m.def("max_tiles", &max_tiles, "num_tokens"_a, "num_slots"_a, "tile_tokens"_a);
+  py::class_<PlanConfig>(m, "PlanConfig")
+      .def_readonly("threads", &PlanConfig::threads)
+      .def_readonly("num_buckets", &PlanConfig::num_buckets)
+      .def_readonly("shared_bytes", &PlanConfig::shared_bytes);
+  m.def("plan_config", &plan_config, "max_tokens"_a, "num_slots"_a);
+}
+
+void bind_apply(py::module_& m) {
+  py::class_<ApplyConfig>(m, "ApplyConfig")
+      .def_readonly("fused", &ApplyConfig::fused)
+      .def_readonly("cluster", &ApplyConfig::cluster);
+  m.def(
+      "apply_config",
+      [](int64_t num_tokens, int64_t num_slots, int64_t in_features, int64_t out_features,
+         int num_slices, int max_rank, int sm_count, bool clusters, bool batch_invariant) {
+        return apply_config({num_tokens, num_slots, in_features, out_features, num_slices, max_rank,
+                             sm_count, clusters, batch_invariant});
+      },
+      py::kw_only(), "num_tokens"_a, "num_slots"_a, "in_features"_a, "out_features"_a,
+      "num_slices"_a, "max_rank"_a, "sm_count"_a, "clusters"_a, "batch_invariant"_a);
+}
+
+void bind_shrink(py::module_& m) {
+  py::class_<ShrinkConfig>(m, "ShrinkConfig")
+      .def_readonly("rows", &ShrinkConfig::rows)
+      .def_readonly("cluster", &ShrinkConfig::cluster);
+  m.def(
+      "shrink_config",
+      [](int64_t num_tokens, int64_t num_slots, int64_t in_features, int rows, int sm_count,
+         bool clusters) {
+        return shrink_config({num_tokens, num_slots, in_features, rows, sm_count, clusters});
+      },
+      py::kw_only(), "num_tokens"_a, "num_slots"_a, "in_features"_a, "rows"_a, "sm_count"_a,
+      "clusters"_a);
+}
+
+void bind_expand(py::module_& m) {
+  py::class_<ExpandConfig>(m, "ExpandConfig")
+      .def_readonly("wide", &ExpandConfig::wide)
+      .def_readonly("columns", &ExpandConfig::columns);
+  m.def(
+      "expand_config",
+      [](int64_t num_tokens, int64_t num_slots, int64_t out_features, int num_slices,
+         int sm_count) {
+        return expand_config({num_tokens, num_slots, out_features, num_slices, sm_count});
+      },
+      py::kw_only(), "num_tokens"_a, "num_slots"_a, "out_features"_a, "num_slices"_a, "sm_count"_a);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_testing, m) {
+  m.doc() = "Host-side C++ of lora_ext, for the tests.";
+  bind_plan(m);
+  bind_apply(m);
+  bind_shrink(m);
+  bind_expand(m);
+}

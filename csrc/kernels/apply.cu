@@ -1,0 +1,103 @@
+// lora_apply_: the fused kernel where it pays, else shrink into a workspace and expand from it.
+#include "kernels/apply_fused.cuh"
+#include "kernels/kernels.h"
+#include "kernels/launch.cuh"
+
+namespace lora_ext::cuda {
+namespace {
+
+ApplyConfig config_of(const ApplyParams& p) {
+  const DeviceProperties device = device_properties();
+  ApplyShape shape{};
+  shape.num_tokens = p.num_tokens;
+  shape.num_slots = p.plan.num_slots;
+  shape.in_features = p.in_features;
+  shape.out_features = p.slices.offset[p.slices.count];
+  shape.num_slices = p.slices.count;
+  shape.max_rank = p.max_rank;
+  shape.sm_count = device.sm_count;
+  shape.clusters = device.clusters && p.dtype != DType::kFloat32;
+  shape.batch_invariant = p.batch_invariant;
+  return apply_config(shape);
+}
+
+template <typename T, typename Y, int kRowBlocks>
+cudaError_t launch_fused(const ApplyParams& p, int cluster) {
+  const int64_t tiles = max_tiles(p.num_tokens, p.plan.num_slots, kTileTokens);
+  const bool vector_a = is_multiple(p.x, p.x_stride, 8, 16) && p.in_features % 8 == 0 &&
+                        is_multiple(p.a, p.slices.count, 8, 16);
+  constexpr int kChunk = FusedTraits<kRowBlocks>::kChunk;
+  const bool vector_b = is_multiple(p.b, p.slices.count, kChunk, 2 * kChunk);
+  bool vector_y = is_multiple(p.y, p.y_stride, 8, 16);
+  for (int i = 0; i < p.slices.count; ++i) {
+    vector_y &= p.slices.offset[i] % 8 == 0;
+  }
+  LaunchShape shape{};
+  shape.grid = dim3(static_cast<unsigned>(tiles * cluster), p.slices.count);
+  shape.threads = kFusedThreads;
+  shape.shared_bytes = fused_shared<kRowBlocks>(p.max_rank).bytes;
+  shape.cluster = cluster;
+  shape.dependent = true;
+  return launch_kernel(apply_fused_kernel<T, Y, kRowBlocks>, shape, p.stream, p, cluster, vector_a,
+                       vector_b, vector_y);
+}
+
+cudaError_t apply_fused(const ApplyParams& p, int cluster) {
+  return dispatch_half_output(p.dtype, p.y_dtype, [&](auto t, auto y) {
+    using T = typename decltype(t)::type;
+    using Y = typename decltype(y)::type;
+    if (p.max_rank <= 16) {
+      return launch_fused<T, Y, 1>(p, cluster);
+    }
+    return p.max_rank <= 32 ? launch_fused<T, Y, 2>(p, cluster) : launch_fused<T, Y, 4>(p, cluster);
+  });
+}
+
+}  // namespace
+
+int64_t apply_workspace(const ApplyParams& params) {
+  return config_of(params).fused ? 0 : params.num_tokens * params.slices.count * params.max_rank;
+}
+
+int apply(const ApplyParams& p) {
+  const ApplyConfig config = config_of(p);
+  if (config.fused) {
+    return apply_fused(p, config.cluster);
+  }
+  ShrinkParams down{};
+  down.x = p.x;
+  down.x_stride = p.x_stride;
+  down.dtype = p.dtype;
+  down.a = p.a;
+  down.ranks = p.ranks;
+  down.scalings = p.scalings;
+  down.plan = p.plan;
+  down.num_tokens = p.num_tokens;
+  down.in_features = p.in_features;
+  down.num_slices = p.slices.count;
+  down.max_rank = p.max_rank;
+  down.xa = p.workspace;
+  down.xa_stride = int64_t{p.slices.count} * p.max_rank;
+  down.stream = p.stream;
+  const int error = shrink(down);
+  if (error != 0) {
+    return error;
+  }
+  ExpandParams up{};
+  up.xa = p.workspace;
+  up.xa_stride = down.xa_stride;
+  up.y = p.y;
+  up.y_stride = p.y_stride;
+  up.dtype = p.dtype;
+  up.y_dtype = p.y_dtype;
+  up.b = p.b;
+  up.ranks = p.ranks;
+  up.plan = p.plan;
+  up.num_tokens = p.num_tokens;
+  up.slices = p.slices;
+  up.max_rank = p.max_rank;
+  up.stream = p.stream;
+  return expand(up);
+}
+
+}  // namespace lora_ext::cuda
