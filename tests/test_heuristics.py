@@ -1,0 +1,120 @@
+"""Plan layout, tile planner and launch heuristics: pure C++, held to what the kernels rely on."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lora_ext.ops
+
+testing = pytest.importorskip(
+    "lora_ext._testing", reason="needs a build with LORA_EXT_TEST_BUILD=1 and Python.h"
+)
+
+TOKENS = st.integers(0, 40_000)
+SLOTS = st.integers(1, testing.MAX_SLOTS)
+FEATURES = st.integers(1, 200_000)
+SM_COUNTS = st.sampled_from([1, 78, 108, 132, 148])
+SECTIONS = ("tiles", "wide_tiles", "token_slots", "permutation", "seg_indptr", "seg_slots")
+
+
+@given(max_tokens=TOKENS, num_slots=SLOTS)
+def test_the_capacity_follows_from_the_size(max_tokens: int, num_slots: int) -> None:
+    size = testing.plan_size(max_tokens, num_slots)
+    wide = testing.WIDE_TILE_TOKENS
+    assert testing.plan_max_tokens(size, num_slots) == -(-max_tokens // wide) * wide
+    assert testing.plan_max_tokens(size + 1, num_slots) == -1
+    assert lora_ext.ops.plan_size(max_tokens, num_slots) == size
+
+
+@given(blocks=st.integers(0, 1_000), num_slots=SLOTS)
+def test_the_sections_follow_each_other(blocks: int, num_slots: int) -> None:
+    max_tokens = blocks * testing.WIDE_TILE_TOKENS
+    layout = testing.PlanLayout(max_tokens=max_tokens, num_slots=num_slots)
+    lengths = [
+        4 * layout.tile_capacity(max_tokens, testing.TILE_TOKENS),
+        4 * layout.tile_capacity(max_tokens, testing.WIDE_TILE_TOKENS),
+        max_tokens,
+        max_tokens,
+        max_tokens + 1,
+        max_tokens,
+        num_slots + 1,
+        num_slots,
+    ]
+    starts = [getattr(layout, name) for name in (*SECTIONS, "slot_indptr", "enabled", "size")]
+    for (start, end), length in zip(itertools.pairwise(starts), lengths, strict=True):
+        assert start + length <= end
+    # Read 16 bytes at a time, so 4 elements.
+    assert layout.tiles % 4 == layout.wide_tiles % 4 == layout.token_slots % 4 == 0
+
+
+@given(
+    counts=st.lists(st.integers(0, 300), min_size=1, max_size=64),
+    tile_tokens=st.sampled_from([testing.TILE_TOKENS, testing.WIDE_TILE_TOKENS]),
+)
+def test_no_mix_makes_more_tiles_than_planned_for(counts: list[int], tile_tokens: int) -> None:
+    tiles = sum(-(-count // tile_tokens) for count in counts)
+    num_tokens, num_slots = sum(counts), len(counts)
+    assert tiles <= testing.max_tiles(num_tokens, num_slots, tile_tokens)
+    layout = testing.PlanLayout(max_tokens=num_tokens, num_slots=num_slots)
+    assert tiles <= layout.tile_capacity(num_tokens, tile_tokens)
+
+
+@given(max_tokens=TOKENS, num_slots=SLOTS)
+def test_the_plan_kernel_fits_every_capacity(max_tokens: int, num_slots: int) -> None:
+    config = testing.plan_config(max_tokens, num_slots)
+    assert config.threads % 32 == 0 and 32 * config.num_buckets <= config.threads <= 1024
+    assert config.shared_bytes <= testing.MAX_SHARED_BYTES
+
+
+APPLY = {
+    "num_slots": SLOTS,
+    "in_features": FEATURES,
+    "out_features": FEATURES,
+    "num_slices": st.integers(1, 8),
+    "max_rank": st.integers(1, 1024),
+    "sm_count": SM_COUNTS,
+    "clusters": st.booleans(),
+}
+
+
+@given(num_tokens=TOKENS, batch_invariant=st.booleans(), **APPLY)
+def test_the_cluster_is_one_that_the_chip_has(**shape: int) -> None:
+    config = testing.apply_config(**shape)
+    assert config.cluster in (1, 2, 4, 8, 16)
+    assert shape["clusters"] or (not config.fused and config.cluster == 1)
+
+
+@given(tokens=st.lists(TOKENS, min_size=2, max_size=4), **APPLY)
+def test_batch_invariant_means_one_choice_for_all_batches(tokens: list[int], **shape: int) -> None:
+    configs = [testing.apply_config(num_tokens=t, batch_invariant=True, **shape) for t in tokens]
+    assert len({(config.fused, config.cluster) for config in configs}) == 1
+
+
+@given(
+    num_tokens=TOKENS,
+    num_slots=SLOTS,
+    in_features=FEATURES,
+    rows=st.integers(1, 8 * 1024),
+    sm_count=SM_COUNTS,
+    clusters=st.booleans(),
+)
+def test_the_shrink_covers_its_rows(**shape: int) -> None:
+    config = testing.shrink_config(**shape)
+    assert config.rows == 256 or shape["rows"] <= config.rows in (32, 64, 128)
+    assert config.cluster in ((1, 2, 4, 8) if shape["clusters"] else (1,))
+
+
+@given(
+    num_tokens=TOKENS,
+    num_slots=SLOTS,
+    out_features=FEATURES,
+    num_slices=st.integers(1, 8),
+    sm_count=SM_COUNTS,
+)
+def test_the_expand_takes_whole_blocks_of_columns(**shape: int) -> None:
+    config = testing.expand_config(**shape)
+    assert config.columns >= 256 and config.columns % 256 == 0
