@@ -167,9 +167,7 @@ def check(
     adapters = [row.adapter for row in rows]
     options = {"attention_mask": mask, "max_new_tokens": tokens, "do_sample": False}
 
-    print(
-        f"\none batch of {len(rows)} rows ({device}, {dtype}); then PEFT, one row at a time (float32)"
-    )
+    print(f"\none batch of {len(rows)} rows ({device}, {dtype}); then PEFT row by row (float32)")
     output = model.generate(
         ids, adapters=adapters, return_dict_in_generate=True, output_logits=True, **options
     )
