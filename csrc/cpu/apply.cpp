@@ -8,14 +8,36 @@ namespace lora_ext::cpu {
 int64_t apply_workspace(const ApplyParams& p) { return p.num_tokens * p.slices.count * p.max_rank; }
 
 void apply(const ApplyParams& p) {
-  const int64_t xa_stride = int64_t{p.slices.count} * p.max_rank;
-  // Only what expand reads is written: rows without an adapter and columns past the rank stay as
-  // they are.
-  shrink_adapters(ShrinkParams{p.x, p.x_stride, p.dtype, p.a, p.ranks, p.scalings, p.plan,
-                               p.num_tokens, p.in_features, p.slices.count, p.max_rank, p.workspace,
-                               xa_stride, p.stream});
-  expand(ExpandParams{p.workspace, xa_stride, p.y, p.y_stride, p.dtype, p.y_dtype, p.b, p.ranks,
-                      p.plan, p.num_tokens, p.slices, p.max_rank, p.stream});
+  ShrinkParams shrink{};
+  shrink.x = p.x;
+  shrink.x_stride = p.x_stride;
+  shrink.dtype = p.dtype;
+  shrink.a = p.a;
+  shrink.ranks = p.ranks;
+  shrink.scalings = p.scalings;
+  shrink.plan = p.plan;
+  shrink.num_tokens = p.num_tokens;
+  shrink.in_features = p.in_features;
+  shrink.num_slices = p.slices.count;
+  shrink.max_rank = p.max_rank;
+  shrink.xa = p.workspace;
+  shrink.xa_stride = int64_t{p.slices.count} * p.max_rank;
+  shrink_adapters(shrink);
+
+  ExpandParams expand{};
+  expand.xa = shrink.xa;
+  expand.xa_stride = shrink.xa_stride;
+  expand.y = p.y;
+  expand.y_stride = p.y_stride;
+  expand.dtype = p.dtype;
+  expand.y_dtype = p.y_dtype;
+  expand.b = p.b;
+  expand.ranks = p.ranks;
+  expand.plan = p.plan;
+  expand.num_tokens = p.num_tokens;
+  expand.slices = p.slices;
+  expand.max_rank = p.max_rank;
+  cpu::expand(expand);
 }
 
 }  // namespace lora_ext::cpu

@@ -46,8 +46,11 @@ inline void dot_block(const DotParams& p, int64_t token, int64_t row) {
 template <int kRows, class T>
 inline void dot_rows(const DotParams& p, int64_t row) {
   int64_t token = 0;
-  for (; token + 4 <= p.num_tokens; token += 4) dot_block<4, kRows, T>(p, token, row);
-  if (token + 2 <= p.num_tokens) dot_block<2, kRows, T>(p, token, row), token += 2;
+  // Four by four accumulators and their operands fit the 32 registers of AVX-512 alone.
+  if constexpr (kVectorBytes == 64) {
+    for (; token + 4 <= p.num_tokens; token += 4) dot_block<4, kRows, T>(p, token, row);
+  }
+  for (; token + 2 <= p.num_tokens; token += 2) dot_block<2, kRows, T>(p, token, row);
   if (token < p.num_tokens) dot_block<1, kRows, T>(p, token, row);
 }
 
