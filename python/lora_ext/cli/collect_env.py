@@ -68,17 +68,14 @@ def probe(rows: Callable[[list[str]], Section], missing: list[str]) -> Section:
 
 
 def lora_ext_rows(missing: list[str]) -> Section:
-    rows = [
-        ("version", version_of("lora_ext") or "not installed"),
-        ("folder", str(package_folder())),
-    ]
+    rows = [("installed", version_of("lora_ext") or "no"), ("folder", str(package_folder()))]
     info = build_info()
     if info is None:
         missing.append(f"the library is not built: {REBUILD}")
         return [*rows, ("library", "not built")]
     rows += [
+        ("build", f"{info.VERSION}, {info.COMPILER}, {info.PLATFORM}"),
         ("built for", f"torch >= {info.TORCH_TARGET} (headers of {info.TORCH_HEADERS})"),
-        ("built with", f"{info.COMPILER}, {info.PLATFORM}"),
         ("CUDA", info.CUDA_VERSION or "none: CPU only"),
     ]
     if info.CUDA_VERSION:
