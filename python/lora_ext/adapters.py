@@ -104,8 +104,7 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
         if not directory.is_dir():
             raise AdapterError(f"{directory}: there is no such directory")
         config = PeftLoraConfig.parse(_read_config(directory))
-        tensors = _read_tensors(directory)
-        modules, base_weights = _group(tensors, config)
+        modules, base_weights = _group(_read_tensors(directory), config, directory)
         return Adapter(modules, base_weights, source=str(directory))
     except ConfigError as error:
         raise AdapterError(f"{directory / CONFIG_NAME}: {error}") from error
@@ -177,7 +176,7 @@ def _read_pickle(directory: Path) -> dict[str, Tensor]:
 
 
 def _group(
-    tensors: Mapping[str, Tensor], config: PeftLoraConfig
+    tensors: Mapping[str, Tensor], config: PeftLoraConfig, directory: Path
 ) -> tuple[dict[str, LoRAWeights], dict[str, Tensor]]:
     """Sort tensors into pairs of A and B per module, and base weights."""
     sides: dict[str, dict[str, Tensor]] = {}
@@ -192,25 +191,33 @@ def _group(
             side = sides.setdefault(module, {})
             letter = match["linear"] or match["embedding"]
             if letter in side:
-                raise ConfigError(f"module {module!r} has two tensors for lora_{letter}")
+                raise AdapterError(
+                    f"{directory}: module {module!r} has two tensors for lora_{letter}"
+                )
             side[letter] = tensor
         elif (match := _BASE_WEIGHT_NAME.fullmatch(name)) and "lora_" not in name:
             base_weights[match["module"]] = tensor
         else:
-            raise ConfigError(f"the weights have {full_name!r}, which is no plain LoRA weight")
+            raise AdapterError(
+                f"{directory}: the weights have {full_name!r}, which is no plain LoRA weight"
+            )
 
     modules: dict[str, LoRAWeights] = {}
     for module, side in sides.items():
         if not config.targets(module):
-            raise ConfigError(f"there are weights for {module!r}, which target_modules leaves out")
+            raise AdapterError(
+                f"{directory}: there are weights for {module!r}, which target_modules leaves out"
+            )
         if len(side) != 2:
-            raise ConfigError(
-                f"module {module!r} has lora_{next(iter(side))} alone, A and B expected"
+            raise AdapterError(
+                f"{directory}: module {module!r} has lora_{next(iter(side))} alone, without its "
+                "other half"
             )
         rank = config.rank_of(module)
         if side["A"].dim() != 2 or side["A"].shape[0] != rank:
-            raise ConfigError(
-                f"module {module!r} has lora_A {list(side['A'].shape)}, but its rank is {rank}"
+            raise AdapterError(
+                f"{directory}: module {module!r} has lora_A {list(side['A'].shape)}, but its rank "
+                f"in {CONFIG_NAME} is {rank}"
             )
         modules[module] = LoRAWeights(
             side["A"], side["B"], rank, config.scaling_of(module), module in embeddings

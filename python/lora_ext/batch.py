@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from array import array
+import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from . import ops
+from ._staging import Staging
 
 Int32Array: TypeAlias = "npt.NDArray[np.int32]"
 # Whole numbers on the host: one per request, or per token. Device tensors are passed beside it.
 HostInts: TypeAlias = "Sequence[int] | npt.NDArray[Any]"
-
-# Batches that the host may be ahead of the device before an update has to wait for a copy.
-STAGING_BUFFERS = 8
 
 
 class PlanLayout(NamedTuple):
@@ -107,7 +105,7 @@ class LoRABatch:
             )
         self.device = self.plan.device
         self._layout = PlanLayout.of(ops.round_up_tokens(max_tokens), num_slots)
-        self._staging = _Staging(2 * self._layout.max_tokens + 1, self.device)
+        self._staging = Staging(self._layout.max_tokens, self.device)
         self._submit(np.empty(0, np.int32), None)
 
     @classmethod
@@ -139,10 +137,9 @@ class LoRABatch:
         """
         if seg_lens is not None and seg_indptr is not None:
             raise ValueError("give seg_lens or seg_indptr, not both")
-        given = [value for value in (slots, seg_lens, seg_indptr) if value is not None]
-        on_device = [isinstance(value, Tensor) and not value.is_cpu for value in given]
-        if any(on_device):
-            if not all(on_device):
+        segments = seg_lens if seg_lens is not None else seg_indptr
+        if _on_device(slots) or _on_device(segments):
+            if not _on_device(slots) or not (segments is None or _on_device(segments)):
                 raise ValueError("slots and segments must be all on the host or all on the device")
             self._update_on_device(slots, seg_lens, seg_indptr)
             return
@@ -179,14 +176,12 @@ class LoRABatch:
     def _submit(self, slots: Int32Array, indptr: Int32Array | None) -> None:
         """Copy checked host input to the device, in one piece, and launch the planner."""
         n = len(slots)
-        size = n if indptr is None else 2 * n + 1
         buffer = self._staging.next()
         buffer.array[:n] = slots
         if indptr is not None:
-            buffer.array[n:size] = indptr
-        tensor = self._staging.copy(buffer, size)
-        segments = None if indptr is None else tensor[n:size]
-        ops.plan_batch_(self.plan, tensor[:n], None, segments, num_slots=self.num_slots)
+            buffer.array[n : 2 * n + 1] = indptr
+        device_slots, device_indptr = self._staging.copy(buffer, n, indptr is not None)
+        ops.plan_batch_(self.plan, device_slots, None, device_indptr, num_slots=self.num_slots)
 
     # ---- what the plan holds: views of it, of fixed address
 
@@ -245,45 +240,8 @@ class LoRABatch:
         return self._view(self._layout.enabled, self.num_slots)
 
 
-class _Buffer:
-    """Host memory of one update, and the copy that last read it."""
-
-    def __init__(self, host: Tensor) -> None:
-        self.host = host
-        self.array: Int32Array = host.numpy()
-        self.copied: torch.cuda.Event | None = None
-
-
-class _Staging:
-    """A ring of pinned buffers on the way to one device buffer; on the CPU, plain memory."""
-
-    def __init__(self, size: int, device: torch.device) -> None:
-        self._on_gpu = device.type != "cpu"
-        self._next = 0
-        count = STAGING_BUFFERS if self._on_gpu else 1
-        with torch.inference_mode(False):
-            host = torch.empty((count, size), dtype=torch.int32, pin_memory=self._on_gpu)
-            self._device = torch.empty(size, dtype=torch.int32, device=device)
-        self._ring = [_Buffer(row) for row in host]
-
-    def next(self) -> _Buffer:
-        """Return a buffer that no copy reads any more; it waits only if all are on their way."""
-        buffer = self._ring[self._next]
-        self._next = (self._next + 1) % len(self._ring)
-        if buffer.copied is not None and not buffer.copied.query():  # type: ignore[no-untyped-call]
-            buffer.copied.synchronize()
-        return buffer
-
-    def copy(self, buffer: _Buffer, size: int) -> Tensor:
-        """Return the first ``size`` elements as an int32 tensor on the device."""
-        if not self._on_gpu:
-            return buffer.host[:size]
-        device = self._device[:size]
-        device.copy_(buffer.host[:size], non_blocking=True)
-        if buffer.copied is None:
-            buffer.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        buffer.copied.record(torch.cuda.current_stream(device.device))
-        return device
+def _on_device(values: object) -> bool:
+    return isinstance(values, Tensor) and not values.is_cpu
 
 
 def _host_ints(name: str, values: HostInts | Tensor) -> Int32Array:
@@ -292,8 +250,8 @@ def _host_ints(name: str, values: HostInts | Tensor) -> Int32Array:
         if isinstance(values, Tensor):
             values = values.numpy()
         if not isinstance(values, np.ndarray):
-            return np.frombuffer(array("i", values), np.int32)
-    except (TypeError, OverflowError) as error:
+            return np.frombuffer(struct.pack(f"{len(values)}i", *values), np.int32)
+    except (TypeError, struct.error) as error:
         raise ValueError(f"{name} must hold whole numbers that fit int32: {error}") from error
     if values.ndim != 1 or values.dtype.kind not in "iu":
         raise ValueError(
@@ -315,7 +273,7 @@ def _segments(
         if len(lens) != num_requests:
             raise ValueError(f"seg_lens has {len(lens)} entries, slots has {num_requests}")
         indptr = np.zeros(num_requests + 1, np.int64)
-        np.cumsum(lens, out=indptr[1:])
+        np.add.accumulate(lens, out=indptr[1:])
     else:
         assert seg_indptr is not None
         indptr = _host_ints("seg_indptr", seg_indptr).astype(np.int64)

@@ -25,7 +25,7 @@ class AdapterInfo(NamedTuple):
         num_modules: modules that it adapts.
         num_bytes: bytes of its weights in the layers' dtype.
         in_use: whether a batch that uses it is running.
-        num_batches: batches that used it, since it was loaded under this name.
+        num_batches: batches that used it since its name was loaded; replacing does not reset it.
         num_rows: rows of those batches that used it.
     """
 
@@ -41,13 +41,20 @@ class AdapterInfo(NamedTuple):
 @dataclass
 class _Entry:
     slot: int
-    rank: int
-    num_modules: int
-    num_bytes: int
-    last_used: int
+    rank: int = 0
+    num_modules: int = 0
+    num_bytes: int = 0
+    last_used: int = 0
     users: int = 0
     num_batches: int = 0
     num_rows: int = 0
+
+
+class UnknownAdapterError(KeyError):
+    """No adapter of this name is loaded; the message names those that are."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class _Staged(NamedTuple):
@@ -131,19 +138,9 @@ class AdapterPool:
                 raise ValueError(f"adapter {name!r} is loaded already; replace=True replaces it")
             staged = self._stage(adapter)
             slot = old.slot if old is not None else self._free_slot()
-            self._clear(slot)
-            for part in staged:
-                part.module.write_slot(slot, part.lora_a, part.lora_b)
-            for part in staged:
-                part.module.set_slot(slot, part.lora_a.shape[0], part.scaling)
-            entry = _Entry(
-                slot=slot,
-                rank=adapter.max_rank,
-                num_modules=len(staged),
-                num_bytes=sum(part.lora_a.nbytes + part.lora_b.nbytes for part in staged),
-                last_used=next(self._clock),
-                users=old.users if old is not None else 0,
-            )
+            entry = old if old is not None else _Entry(slot)
+            self._write(entry, staged)
+            entry.last_used = next(self._clock)
             self._entries[name] = entry
             return slot
 
@@ -151,7 +148,7 @@ class AdapterPool:
         """Free an adapter's slot.
 
         Raises:
-            KeyError: no adapter of this name is loaded.
+            UnknownAdapterError: no adapter of this name is loaded.
             RuntimeError: a running batch uses it.
         """
         with self._lock:
@@ -172,7 +169,7 @@ class AdapterPool:
             The slot per row, -1 for none.
 
         Raises:
-            KeyError: a name is not loaded; the message names those that are.
+            UnknownAdapterError: a name is not loaded.
         """
         with self._lock:
             slots = [-1 if name is None else self._entry(name).slot for name in names]
@@ -194,7 +191,7 @@ class AdapterPool:
         entry = self._entries.get(name)
         if entry is None:
             loaded = ", ".join(map(repr, self._entries)) or "none"
-            raise KeyError(f"no adapter named {name!r} is loaded; loaded: {loaded}")
+            raise UnknownAdapterError(f"no adapter named {name!r} is loaded; loaded: {loaded}")
         return entry
 
     def _free_slot(self) -> int:
@@ -211,6 +208,22 @@ class AdapterPool:
             )
         oldest = min(idle, key=lambda name: self._entries[name].last_used)
         return self._entries.pop(oldest).slot
+
+    def _write(self, entry: _Entry, staged: Sequence[_Staged]) -> None:
+        """Fill a slot; should the device fail on the way, the slot is left without an adapter."""
+        entry.rank = entry.num_modules = entry.num_bytes = 0
+        self._clear(entry.slot)
+        try:
+            for part in staged:
+                part.module.write_slot(entry.slot, part.lora_a, part.lora_b)
+            for part in staged:
+                part.module.set_slot(entry.slot, part.lora_a.shape[0], part.scaling)
+        except BaseException:
+            self._clear(entry.slot)
+            raise
+        entry.rank = max(part.lora_a.shape[0] for part in staged)
+        entry.num_modules = len(staged)
+        entry.num_bytes = sum(part.lora_a.nbytes + part.lora_b.nbytes for part in staged)
 
     def _clear(self, slot: int) -> None:
         for module in self._modules.values():
@@ -263,9 +276,10 @@ class AdapterPool:
         """PEFT would put such a weight in place of the model's: fine where they are equal."""
         module = self._modules.get(name)
         if module is not None:
-            own = module.weight
-            if own.shape == tensor.shape and torch.equal(
-                own.detach(), tensor.to(own.device, own.dtype)
+            own, given = module.weight.detach(), tensor.to(module.weight.device)
+            # Either may have been stored with fewer digits.
+            if own.shape == given.shape and (
+                torch.equal(own, given.to(own.dtype)) or torch.equal(own.to(given.dtype), given)
             ):
                 return
         raise AdapterError(

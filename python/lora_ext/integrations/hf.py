@@ -62,7 +62,8 @@ class LoRAModel:
         """Give each row of the batches inside a ``with`` block its adapter.
 
         A batch may have a multiple of the rows, as ``generate`` makes it for beams and several
-        sequences per prompt: row i then stands for as many consecutive rows. Blocks may nest.
+        sequences per prompt: row i then stands for as many consecutive rows. Blocks may nest, and
+        count for calls from the thread that entered them.
 
         Args:
             adapters: name per row; None: the base model.
@@ -70,7 +71,6 @@ class LoRAModel:
         Raises:
             KeyError: a name is not loaded.
             ValueError: ``adapters`` is empty or a single string.
-            RuntimeError: another thread is inside such a block.
         """
         if isinstance(adapters, str) or not adapters:
             raise ValueError(

@@ -89,30 +89,26 @@ class BatchPlan:
 
 
 class Routing:
-    """The source of plans that is in force, if any: without one, layers compute the base model.
-
-    Attributes:
-        source: where layers get their plans from; changed by ``using`` alone.
-    """
+    """The source of plans in force, for each thread: without one, layers compute the base model."""
 
     def __init__(self) -> None:
-        self.source: RowPlans | BatchPlan | None = None
-        self._owner: int | None = None
+        self._local = threading.local()
+
+    def __reduce__(self) -> tuple[type[Routing], tuple[()]]:
+        return Routing, ()  # a copied model routes on its own
+
+    @property
+    def source(self) -> RowPlans | BatchPlan | None:
+        """Where the layers get their plans from in this thread."""
+        source: RowPlans | BatchPlan | None = getattr(self._local, "source", None)
+        return source
 
     @contextmanager
     def using(self, source: RowPlans | LoRABatch) -> Iterator[None]:
-        """Route by ``source`` inside a ``with`` block; blocks may nest, the innermost counts.
-
-        Raises:
-            RuntimeError: another thread is inside such a block.
-        """
-        me = threading.get_ident()
-        before = (self.source, self._owner)
-        if before[1] not in (None, me):
-            raise RuntimeError("another thread routes a batch through these layers at the moment")
-        self.source = BatchPlan(source) if isinstance(source, LoRABatch) else source
-        self._owner = me
+        """Route this thread's calls by ``source`` inside a ``with`` block; the innermost counts."""
+        before = self.source
+        self._local.source = BatchPlan(source) if isinstance(source, LoRABatch) else source
         try:
             yield
         finally:
-            self.source, self._owner = before
+            self._local.source = before
