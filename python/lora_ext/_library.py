@@ -48,7 +48,7 @@ def load(library: Path = LIBRARY) -> None:
         torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError) as error:
         raise ImportError(
-            f"cannot load {library}: {error}\n"
+            f"cannot load {library}: {error.__cause__ or error}\n"
             f"  built for: {describe_build()}\n"
             f"  running:   {describe_running()}"
         ) from error
