@@ -49,10 +49,10 @@ def factors_b(
         start = int(b_offsets[slot])
         stacked = lora_b[0][start : start + sum(output_slices) * rank].reshape(-1, rank)
     elif len(lora_b) == 1:
-        stacked = lora_b[0][slot].reshape(sum(output_slices), -1)[:, :rank]
+        stacked = lora_b[0][slot].reshape(sum(output_slices), lora_b[0].shape[-1])[:, :rank]
     else:
         widths = zip(lora_b, output_slices, strict=True)
-        return [b[slot].reshape(width, -1)[:, :rank] for b, width in widths]
+        return [b[slot].reshape(width, b.shape[-1])[:, :rank] for b, width in widths]
     return list(torch.split(stacked, list(output_slices)))
 
 
