@@ -241,6 +241,8 @@ def _check_weights(weights: LoRAWeights) -> None:
     for side, tensor in (("A", lora_a), ("B", lora_b)):
         if tensor.dtype not in _DTYPES:
             raise ValueError(f"{side} is of {tensor.dtype}, expected one of {_DTYPES}")
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise ValueError(f"{side} is {tensor.layout} on {tensor.device}, expected plain values")
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{side} has values that are not finite")
     if not math.isfinite(scaling):
