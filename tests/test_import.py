@@ -1,4 +1,4 @@
-"""``import lora_ext``: registers the ops, is quick, and says why where the library does not load."""
+"""``import lora_ext`` registers the ops, is quick, and says why where the library does not load."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import torch
 import lora_ext
 from devices import DEVICES
 from lora_ext import LoRABatch
-from lora_ext.layers import LoRALinear, LoRAModule
+from lora_ext.layers import LoRALinear, LoRAModule, RowPlans
 from tiny_models import (
     MAX_RANK,
     MODELS,
@@ -399,6 +399,29 @@ def test_flattened_tokens_by_a_batch_plan() -> None:
     routed = [0, 1, 2, 5]
     assert torch.equal(y[3:5], wanted[3:5])
     assert_agrees(y[routed], wanted[routed] + 0.5 * x[routed] @ lora_a.T @ lora_b.T)
+
+
+def test_more_shapes_than_plans_are_kept() -> None:
+    """Buffers of old shapes serve again, for smaller and larger ones."""
+    plans = RowPlans([2, -1, 0], num_slots=3, device=torch.device("cpu"))
+    for tokens in [1, *range(2 * RowPlans.KEPT_SHAPES), 100, 3, 50, 1]:
+        plan = plans.plan(torch.Size((6, tokens)))
+        assert plan is not None
+        reference = LoRABatch(6 * tokens, 3)
+        reference.update([2, 2, -1, -1, 0, 0], seg_lens=[tokens] * 6)
+        lora_a = torch.eye(3)[:, :, None].expand(3, 3, 1)  # slot l has 1 in row l: x times one-hot
+        xa = [
+            lora_ext.ops.lora_shrink(
+                torch.ones(6 * tokens, 1),
+                [lora_a.contiguous()],
+                torch.full((3,), 3, dtype=torch.int32),
+                torch.ones(3),
+                each,
+                max_rank=3,
+            )
+            for each in (plan, reference.plan)
+        ]
+        assert torch.equal(*xa)
 
 
 def test_rows_of_peft_itself_mixed_agree(directories: dict[str, Path]) -> None:
