@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from generators import (
     HALVES_AND_FP32,
     LAYOUTS,
@@ -22,11 +25,8 @@ from generators import (
     shrink,
     strided_rows,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from numerics import assert_close, assert_same_bits, expected_expand, expected_shrink
-
 from lora_ext import ops
+from numerics import assert_close, assert_same_bits, expected_expand, expected_shrink
 
 pytestmark = on_devices
 

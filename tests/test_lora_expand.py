@@ -1,9 +1,10 @@
-"""lora_expand_: against the fp64 oracle, over ranks, widths, dtypes of y, strides and what must stay as it is."""
+"""lora_expand_: against the fp64 oracle; dtypes of y, strides, and what must stay as it is."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+
 from generators import (
     HALVES_AND_FP32,
     LAYOUTS,
@@ -20,9 +21,8 @@ from generators import (
     random_slots,
     strided_rows,
 )
-from numerics import Expected, accumulator, assert_close, assert_same_bits, expected_expand
-
 from lora_ext import ops
+from numerics import Expected, accumulator, assert_close, assert_same_bits, expected_expand
 
 pytestmark = on_devices
 

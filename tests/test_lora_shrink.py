@@ -1,9 +1,10 @@
-"""lora_shrink: against the fp64 oracle, over ranks, layouts, shapes, strides and what may not be read."""
+"""lora_shrink: against the fp64 oracle; ranks, layouts, shapes, strides, what may not be read."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+
 from generators import (
     LAYOUTS,
     NAN,
@@ -19,9 +20,8 @@ from generators import (
     shrink,
     strided_rows,
 )
-from numerics import assert_close, assert_same_bits, expected_shrink
-
 from lora_ext import ops
+from numerics import assert_close, assert_same_bits, expected_shrink
 
 pytestmark = on_devices
 
