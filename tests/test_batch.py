@@ -117,6 +117,25 @@ def test_more_requests_than_room_for_tokens() -> None:
     batch.update([0, 1] * 500, seg_lens=[0] * 997 + [2, 0, 1])
     check(batch, [1, 1, 1])
     assert batch.num_requests == 1000
+    batch.update(np.array([0, 1] * 500), seg_indptr=[0] * 998 + [2, 2, 3])
+    check(batch, [1, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"slots": [0] * 1000}, "1000 tokens, max_tokens is 4"),
+        ({"slots": [0] * 1000, "seg_lens": [1] * 1000}, "1000 tokens, max_tokens is 4"),
+        ({"slots": [9] * 1000, "seg_lens": [0] * 1000}, r"slots\[0\] is 9"),
+        ({"slots": [0] * 1000, "seg_lens": [0] * 999}, "999 segments for 1000 slots"),
+        ({"slots": [0] * 1000, "seg_lens": [-1] * 1000}, "segment 0 has -1 tokens"),
+        ({"slots": [0] * 1000, "seg_indptr": [1] * 1001}, "must start at 0"),
+        ({"slots": [0.5] * 1000, "seg_lens": [0] * 1000}, "integer dtype, got float64"),
+    ],
+)
+def test_more_wrong_requests_than_room_for_tokens(arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LoRABatch(4, NUM_SLOTS).update(**arguments)
 
 
 @pytest.mark.gpu
@@ -155,9 +174,12 @@ def test_update_never_waits_for_the_device() -> None:
     [
         ({"slots": [0, 5]}, r"slots\[1\] is 5, expected -1 to 4"),
         ({"slots": [-2]}, r"slots\[0\] is -2"),
-        ({"slots": [0, 1], "seg_lens": [1]}, "seg_lens has 1 entries, slots has 2"),
+        ({"slots": [0, 1], "seg_lens": [1]}, "seg_lens has 1 entries, expected 2 for 2"),
         ({"slots": [0, 1], "seg_indptr": [0, 1]}, "seg_indptr has 2 entries, expected 3"),
         ({"slots": [0], "seg_indptr": [1, 2]}, "start at 0, got 1"),
+        ({"slots": [0], "seg_indptr": [0, 65]}, "65 tokens, max_tokens is 64"),
+        ({"slots": [0, 1], "seg_indptr": [0, 99, 2]}, "segment 1 has -97 tokens"),
+        ({"slots": [0, 1], "seg_indptr": [0, 2**31 - 1, -(2**31)]}, "segment 1 has -4294967295"),
         ({"slots": [0, 1], "seg_indptr": [0, 3, 2]}, "segment 1 has -1 tokens"),
         ({"slots": [0, 1], "seg_lens": [2, -1]}, "segment 1 has -1 tokens"),
         ({"slots": [0], "seg_lens": [65]}, "65 tokens, max_tokens is 64"),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from ._staging import Staging
+from ._staging import Request, Staging
 
 Int32Array: TypeAlias = "npt.NDArray[np.int32]"
 # Whole numbers on the host: one per request, or per token. Device tensors are passed beside it.
@@ -106,7 +106,7 @@ class LoRABatch:
         self.device = self.plan.device
         self._layout = PlanLayout.of(ops.round_up_tokens(max_tokens), num_slots)
         self._staging = Staging(self._layout.max_tokens, self.device)
-        self._submit(np.empty(0, np.int32), None)
+        self._submit(self._staging.request(0, False))
 
     @classmethod
     def for_cuda_graph(
@@ -143,28 +143,23 @@ class LoRABatch:
                 raise ValueError("slots and segments must be all on the host or all on the device")
             self._update_on_device(slots, seg_lens, seg_indptr)
             return
-        slot_array = _host_ints("slots", slots)
-        if seg_lens is None and seg_indptr is None:
-            indptr, num_tokens = None, len(slot_array)
-        else:
-            indptr, num_tokens = _segments(len(slot_array), seg_lens, seg_indptr)
-        if num_tokens > self.max_tokens:
-            raise ValueError(f"the batch has {num_tokens} tokens, max_tokens is {self.max_tokens}")
-        highest = -1
-        if len(slot_array):
-            highest = int(slot_array.max())
-            if highest >= self.num_slots or slot_array.min() < -1:
-                bad = int(np.flatnonzero((slot_array < -1) | (slot_array >= self.num_slots))[0])
-                raise ValueError(
-                    f"slots[{bad}] is {slot_array[bad]}, expected -1 to {self.num_slots - 1}"
-                )
-        self.num_requests = len(slot_array)
-        if indptr is not None and len(slot_array) > self._layout.max_tokens:
-            kept = np.flatnonzero(np.diff(indptr))  # more requests than tokens: some are empty
-            slot_array, indptr = slot_array[kept], np.append(indptr[kept], indptr[-1])
-        self._submit(slot_array, indptr)
+        n = len(slots)
+        if n > self._layout.max_tokens:
+            slots, seg_lens = self._without_empty(slots, seg_lens, seg_indptr)
+            seg_indptr = None
+        request = self._staging.request(len(slots), segments is not None)
+        _fill("slots", slots, request.slots, request)
+        num_tokens = request.n
+        if seg_lens is not None:
+            num_tokens = self._scan_lens(seg_lens, request)
+        elif seg_indptr is not None:
+            num_tokens = self._check_indptr(seg_indptr, request)
+        self._check_room(num_tokens)
+        has_slot = self._check_slots(request)
+        self._submit(request)
+        self.num_requests = n
         self.num_tokens = num_tokens
-        self.has_active_lora = highest >= 0 and num_tokens > 0
+        self.has_active_lora = has_slot and num_tokens > 0
 
     def _update_on_device(self, slots: Any, seg_lens: Any, seg_indptr: Any) -> None:
         ops.plan_batch_(self.plan, slots, seg_lens, seg_indptr, num_slots=self.num_slots)
@@ -173,15 +168,76 @@ class LoRABatch:
         self.num_tokens = slots.numel() if per_token else None
         self.has_active_lora = True
 
-    def _submit(self, slots: Int32Array, indptr: Int32Array | None) -> None:
+    def _submit(self, request: Request) -> None:
         """Copy checked host input to the device, in one piece, and launch the planner."""
-        n = len(slots)
-        buffer = self._staging.next()
-        buffer.array[:n] = slots
-        if indptr is not None:
-            buffer.array[n : 2 * n + 1] = indptr
-        device_slots, device_indptr = self._staging.copy(buffer, n, indptr is not None)
-        ops.plan_batch_(self.plan, device_slots, None, device_indptr, num_slots=self.num_slots)
+        slots, indptr = self._staging.submit(request)
+        ops.plan_batch_(self.plan, slots, None, indptr, num_slots=self.num_slots)
+
+    def _check_slots(self, request: Request) -> bool:
+        """Whether some slot is >= 0; raises for one outside ``[-1, num_slots)``."""
+        if request.n == 0:
+            return False
+        np.add(request.slots, 1, out=request.scratch)
+        highest = int(request.unsigned_scratch.max())
+        if highest > self.num_slots:
+            _check_range(request.slots, self.num_slots)
+        return highest > 0
+
+    def _check_room(self, num_tokens: int) -> None:
+        if num_tokens > self.max_tokens:
+            raise ValueError(f"the batch has {num_tokens} tokens, max_tokens is {self.max_tokens}")
+
+    def _scan_lens(self, seg_lens: HostInts | Tensor, request: Request) -> int:
+        """Turn checked lengths into the request's indptr; returns the number of tokens."""
+        lens = request.scratch
+        _fill("seg_lens", seg_lens, lens, request)
+        request.indptr[0] = 0
+        if request.n == 0:
+            return 0
+        if int(request.unsigned_scratch.max()) * request.n >= 2**31:  # perhaps too many for int32
+            _check_lens(lens)
+            self._check_room(int(lens.sum(dtype=np.int64)))
+        np.add.accumulate(lens, out=request.ends)
+        return int(request.ends[-1])
+
+    def _check_indptr(self, seg_indptr: HostInts | Tensor, request: Request) -> int:
+        """Check the request's indptr; returns the number of tokens."""
+        indptr = request.indptr
+        _fill("seg_indptr", seg_indptr, indptr, request)
+        if indptr[0] != 0:
+            raise ValueError(f"seg_indptr must start at 0, got {indptr[0]}")
+        if request.n and int(request.unsigned_indptr.max()) > self.max_tokens:
+            _check_lens(np.diff(indptr.astype(np.int64)))
+            self._check_room(int(indptr[-1]))
+        np.subtract(indptr[1:], indptr[:-1], out=request.scratch)
+        _check_lens(request.scratch)
+        return int(indptr[-1])
+
+    def _without_empty(
+        self,
+        slots: HostInts | Tensor,
+        seg_lens: HostInts | Tensor | None,
+        seg_indptr: HostInts | Tensor | None,
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Drop requests without tokens from a batch that has more requests than room for tokens."""
+        if seg_lens is None and seg_indptr is None:
+            self._check_room(len(slots))
+        slot_array = _as_array("slots", slots)
+        if seg_lens is not None:
+            lens = _as_array("seg_lens", seg_lens)
+        else:
+            assert seg_indptr is not None
+            lens = np.diff(_as_array("seg_indptr", seg_indptr), prepend=0)
+            if len(lens) == 0 or lens[0] != 0:
+                raise ValueError("seg_indptr must start at 0")
+            lens = lens[1:]
+        if len(lens) != len(slot_array):
+            raise ValueError(f"there are {len(lens)} segments for {len(slot_array)} slots")
+        _check_range(slot_array, self.num_slots)
+        _check_lens(lens)
+        self._check_room(int(lens.sum()))
+        kept = np.flatnonzero(lens)
+        return slot_array[kept], lens[kept]
 
     # ---- what the plan holds: views of it, of fixed address
 
@@ -244,51 +300,51 @@ def _on_device(values: object) -> bool:
     return isinstance(values, Tensor) and not values.is_cpu
 
 
-def _host_ints(name: str, values: HostInts | Tensor) -> Int32Array:
-    """Return host input as a 1-D int32 array, without a Python loop over its elements."""
+def _check_range(slots: npt.NDArray[Any], num_slots: int) -> None:
+    bad = np.flatnonzero((slots < -1) | (slots >= num_slots))
+    if len(bad):
+        raise ValueError(f"slots[{bad[0]}] is {slots[bad[0]]}, expected -1 to {num_slots - 1}")
+
+
+def _check_lens(lens: npt.NDArray[Any]) -> None:
+    if len(lens) and lens.min() < 0:
+        bad = int(np.flatnonzero(lens < 0)[0])
+        raise ValueError(f"segment {bad} has {lens[bad]} tokens")
+
+
+def _fill(name: str, values: HostInts | Tensor, out: Int32Array, request: Request) -> None:
+    """Write host input into ``out`` as int32, without a Python loop over its elements."""
+    if len(values) != len(out):
+        raise ValueError(
+            f"{name} has {len(values)} entries, expected {len(out)} for {request.n} slots"
+        )
+    if isinstance(values, Tensor):
+        values = values.numpy()
+    if isinstance(values, np.ndarray):
+        if values.ndim != 1 or values.dtype != np.int32:
+            _check_array(name, values)
+        out[:] = values
+        return
+    packer = request.packer if len(out) == request.n else struct.Struct(f"{len(out)}i")
     try:
-        if isinstance(values, Tensor):
-            values = values.numpy()
-        if not isinstance(values, np.ndarray):
-            return np.frombuffer(struct.pack(f"{len(values)}i", *values), np.int32)
+        packer.pack_into(out.data, 0, *values)
     except (TypeError, struct.error) as error:
         raise ValueError(f"{name} must hold whole numbers that fit int32: {error}") from error
+
+
+def _as_array(name: str, values: HostInts | Tensor) -> npt.NDArray[Any]:
+    """Return host input as a 1-D int64 array."""
+    array = np.asarray(values)
+    _check_array(name, array)
+    return array.astype(np.int64)
+
+
+def _check_array(name: str, values: npt.NDArray[Any]) -> None:
     if values.ndim != 1 or values.dtype.kind not in "iu":
         raise ValueError(
             f"{name} must be 1-D and of an integer dtype, got {values.dtype} {values.shape}"
         )
-    if values.dtype != np.int32 and len(values):
-        low, high = int(values.min()), int(values.max())
-        if low < -(2**31) or high >= 2**31:
-            raise ValueError(f"{name} has values from {low} to {high}, which do not fit int32")
-    return values.astype(np.int32, copy=False)
-
-
-def _segments(
-    num_requests: int, seg_lens: HostInts | Tensor | None, seg_indptr: HostInts | Tensor | None
-) -> tuple[Int32Array, int]:
-    """Return the checked ``seg_indptr [n + 1]`` and the number of tokens."""
-    if seg_lens is not None:
-        lens = _host_ints("seg_lens", seg_lens)
-        if len(lens) != num_requests:
-            raise ValueError(f"seg_lens has {len(lens)} entries, slots has {num_requests}")
-        indptr = np.zeros(num_requests + 1, np.int64)
-        np.add.accumulate(lens, out=indptr[1:])
-    else:
-        assert seg_indptr is not None
-        indptr = _host_ints("seg_indptr", seg_indptr).astype(np.int64)
-        if len(indptr) != num_requests + 1:
-            raise ValueError(
-                f"seg_indptr has {len(indptr)} entries, expected {num_requests + 1} for "
-                f"{num_requests} slots"
-            )
-        if indptr[0] != 0:
-            raise ValueError(f"seg_indptr must start at 0, got {indptr[0]}")
-        lens = np.diff(indptr)
-    if num_requests and lens.min() < 0:
-        bad = int(np.flatnonzero(lens < 0)[0])
-        raise ValueError(f"segment {bad} has {lens[bad]} tokens")
-    num_tokens = int(indptr[-1])
-    if num_tokens >= 2**31:
-        raise ValueError(f"the batch has {num_tokens} tokens, which do not fit int32")
-    return indptr.astype(np.int32), num_tokens
+    if len(values) and (int(values.min()) < -(2**31) or int(values.max()) >= 2**31):
+        raise ValueError(
+            f"{name} has values from {values.min()} to {values.max()}, which do not fit int32"
+        )
