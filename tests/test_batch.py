@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from devices import DEVICES
+from generators import on_devices
 from lora_ext import LoRABatch, ops
 
 NUM_SLOTS = 5
@@ -70,7 +70,7 @@ def test_update_by_requests(batches: list[tuple[list[int], list[int]]]) -> None:
     assert batch.plan.data_ptr() == address
 
 
-@DEVICES
+@on_devices
 @pytest.mark.parametrize("num_requests", [1, 300, 4096])
 def test_update_on_each_device(device: str, num_requests: int) -> None:
     """More updates than there are staging buffers, each read back: none is overwritten early."""
@@ -83,7 +83,7 @@ def test_update_on_each_device(device: str, num_requests: int) -> None:
         check(batch, np.repeat(slots, lens).tolist())
 
 
-@DEVICES
+@on_devices
 def test_a_new_batch_has_no_tokens(device: str) -> None:
     check(LoRABatch(100, NUM_SLOTS, device), [])
     check(LoRABatch.for_cuda_graph(64, 1, device), [])
@@ -194,7 +194,7 @@ def test_update_never_waits_for_the_device() -> None:
         ({"slots": [0], "seg_lens": [1], "seg_indptr": [0, 1]}, "not both"),
     ],
 )
-@DEVICES
+@on_devices
 def test_wrong_input_leaves_the_plan(device: str, arguments: Any, message: str) -> None:
     batch = LoRABatch(64, NUM_SLOTS, device)
     batch.update([3, -1], seg_lens=[2, 1])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from devices import DEVICES
+from generators import on_devices
 from lora_ext import Adapter, AdapterError, AdapterPool
 from lora_ext.adapters import LoRAWeights
 from lora_ext.layers import LoRAEmbedding, LoRALinear, LoRAModule
@@ -54,7 +54,7 @@ def addresses(layers: Mapping[str, LoRAModule]) -> list[int]:
     return [buffer.data_ptr() for layer in layers.values() for buffer in layer.buffers()]
 
 
-@DEVICES
+@on_devices
 def test_load_writes_the_slot_of_every_module(device: str) -> None:
     layers = make_layers(device)
     pool = AdapterPool(layers)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import lora_ext
-from devices import DEVICES
+from generators import on_devices
 from lora_ext import LoRABatch
 from lora_ext.layers import LoRALinear, LoRAModule, RowPlans
 from tiny_models import (
@@ -79,7 +79,7 @@ def expected_rows(
     return [results[name][i] for i, name in enumerate(rows)]
 
 
-@DEVICES
+@on_devices
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_row_is_what_peft_computes(kind: str, device: str, tmp_path: Path) -> None:
     model = tiny_model(kind, device)
@@ -100,7 +100,7 @@ def test_every_row_is_what_peft_computes(kind: str, device: str, tmp_path: Path)
             assert (theirs[i] - base[i]).norm() > 0.01 * base[i].norm()  # the adapter matters
 
 
-@DEVICES
+@on_devices
 def test_generate_greedy(device: str, directories: dict[str, Path]) -> None:
     model = tiny_model(device=device)
     batch = prompts(device=device)
@@ -194,7 +194,7 @@ def test_scalings_stay_float32_when_the_model_is_cast(directories: dict[str, Pat
     assert layer.scalings.dtype == torch.float32 and torch.equal(layer.scalings, before)
 
 
-@DEVICES
+@on_devices
 def test_load_replace_remove_between_forwards(
     device: str, directories: dict[str, Path], tmp_path: Path
 ) -> None:
