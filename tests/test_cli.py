@@ -6,6 +6,7 @@ import argparse
 import copy
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -175,14 +176,17 @@ def test_demo_finds_a_wrong_adapter(
     assert [line[1] for line in lines] == ["recipes", "recipes"]
 
 
-def test_demo_keeps_what_generate_reads(files: DemoFiles) -> None:
-    rows = [json.loads(line) for line in (files.directory / "prompts.jsonl").open()]
+def test_demo_keeps_what_generate_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "BASE_STEPS", 5)
+    monkeypatch.setattr(demo, "ADAPTER_STEPS", 5)
+    assert main(["demo", "--device", "cpu", "--tokens", "4", "--keep", "my demo"]) == 0
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    assert main([*shlex.split(last_line)[1:], "--device", "cpu", "--max-new-tokens", "4"]) == 0
+    rows = [json.loads(line) for line in Path("out.jsonl").read_text("utf-8").splitlines()]
     assert [(row["prompt"], row["adapter"]) for row in rows] == list(demo.PROMPTS)
-    assert [path.name for path in demo.adapter_paths(files.directory)] == [
-        "night_sky",
-        "recipes",
-        "sea_log",
-    ]
 
 
 # --- the comparison ------------------------------------------------------------------------------

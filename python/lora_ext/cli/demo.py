@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import tempfile
 import time
@@ -65,16 +66,22 @@ def run(args: argparse.Namespace) -> int:
     if args.keep.exists() and (not args.keep.is_dir() or any(args.keep.iterdir())):
         raise CommandError(f"--keep {args.keep}: exists and is not an empty folder")
     status = run_demo(args.keep, device=device, **settings(args))
-    print(
-        f"\nkept in {args.keep}; run the batch again with\n  lora-ext generate"
-        f" --model {args.keep}/model --input {args.keep}/prompts.jsonl --output out.jsonl"
-        + "".join(f" --adapter {path.name}={path}" for path in adapter_paths(args.keep))
-    )
+    command = ["lora-ext", "generate", "--model", f"{args.keep / 'model'}"]
+    for path in adapter_paths(args.keep):
+        command += ["--adapter", f"{path.name}={path}"]
+    command += ["--input", f"{args.keep / 'prompts.jsonl'}", "--output", "out.jsonl"]
+    print(f"\nkept in {args.keep}; run the batch again with\n  {shlex.join(command)}")
     return status
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    return {"dtype": args.dtype, "tokens": args.tokens, "seed": args.seed}
+    return {
+        "dtype": args.dtype,
+        "tokens": args.tokens,
+        "seed": args.seed,
+        "base_steps": BASE_STEPS,
+        "adapter_steps": ADAPTER_STEPS,
+    }
 
 
 def adapter_paths(directory: Path) -> list[Path]:
@@ -84,12 +91,12 @@ def adapter_paths(directory: Path) -> list[Path]:
 def run_demo(
     directory: Path,
     *,
-    device: str = "cpu",
-    dtype: str = "float32",
-    tokens: int = 24,
-    seed: int = 0,
-    base_steps: int = BASE_STEPS,
-    adapter_steps: int = ADAPTER_STEPS,
+    device: str,
+    dtype: str,
+    tokens: int,
+    seed: int,
+    base_steps: int,
+    adapter_steps: int,
 ) -> int:
     """Do everything in ``directory``; returns 0 where every row agrees with PEFT, else 1."""
     quiet_transformers()
@@ -103,8 +110,8 @@ def prepare(
     directory: Path,
     *,
     seed: int = 0,
-    base_steps: int = BASE_STEPS,
-    adapter_steps: int = ADAPTER_STEPS,
+    base_steps: int,
+    adapter_steps: int,
 ) -> tuple[PeftModel, Any]:
     """Train the model and the adapters on the CPU, in float32, and save them in ``directory``.
 
