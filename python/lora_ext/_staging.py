@@ -54,7 +54,7 @@ class Staging:
             if self._on_gpu:
                 self._device = torch.empty(shape[1], dtype=torch.int32, device=device)
         self._buffers = list(host)
-        self._requests = [Request(buffer, 0, False) for buffer in self._buffers]
+        self._requests: list[Request | None] = [None] * len(self._buffers)
         self._on_device = self._device[:0]
         self._arguments: tuple[Tensor, Tensor | None] = (self._on_device, None)
         self._arguments_for = (0, False)
@@ -68,7 +68,7 @@ class Staging:
             if copied is not None and not copied.query():  # type: ignore[no-untyped-call]
                 copied.synchronize()
         request = self._requests[self._current]
-        if request.n != n or request.segmented != segmented:
+        if request is None or request.n != n or request.segmented != segmented:
             request = Request(self._buffers[self._current], n, segmented)
             self._requests[self._current] = request
         return request

@@ -138,7 +138,8 @@ def wrap(
     """Put lora_ext's layers into a Hugging Face causal LM (Llama, Qwen and Mistral families).
 
     The model is changed in place and its parameters are shared. Each layer holds ``max_adapters``
-    slots of rank ``max_rank`` in the dtype and on the device of its weight: move the model first.
+    slots of rank ``max_rank`` in the dtype and on the device of its weight: move the model first,
+    and save it, if at all, before: the names of its parameters change.
 
     Args:
         model: on one device.
