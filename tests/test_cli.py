@@ -105,17 +105,24 @@ def test_collect_env_works_where_the_library_does_not(
         (package / "_build_info.py").unlink()
     else:
         (package / "_C.so").write_bytes(library)
-    done = subprocess.run(
-        [sys.executable, "-m", "lora_ext.cli", "collect-env"],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+
+    def lora_ext_command(name: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "lora_ext.cli", name],
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+
+    done = lora_ext_command("collect-env")
     assert done.returncode == 0, done.stderr
     assert str(package) in done.stdout
     assert ("not built" if library is None else "does not load: cannot load") in done.stdout
     assert "pip install ." in done.stdout.partition("missing")[2]
+    done = lora_ext_command("demo")
+    assert done.returncode == 2
+    assert "lora-ext demo: lora-ext collect-env says more" in done.stderr
 
 
 @pytest.mark.parametrize(

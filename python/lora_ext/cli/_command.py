@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import warnings
 from typing import Any, Protocol
@@ -36,7 +37,15 @@ class Command(Protocol):
 
 
 def require(*modules: str) -> None:
-    """Raise CommandError, with what to install, unless all ``modules`` can be imported."""
+    """Check that lora_ext's library loads and that all ``modules`` can be imported.
+
+    Raises:
+        CommandError: they cannot; it says why, or what to install.
+    """
+    try:
+        importlib.import_module("lora_ext._library")
+    except ImportError as error:
+        raise CommandError(f"{error}\nlora-ext collect-env says more") from error
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         packages = " ".join(PIP_NAMES.get(name, name) for name in missing)
@@ -65,15 +74,17 @@ def positive_int(text: str) -> int:
 
 
 def resolve_device(name: str | None) -> str:
-    """Return ``name``, or the GPU where there is one, checked to exist.
+    """Return ``name``, or the GPU where there is one, checked to be of use.
 
     Raises:
-        CommandError: the device is not one that torch can use here.
+        CommandError: the device is not one that torch and lora_ext can use here.
     """
     import torch
 
+    from .._build_info import CUDA_VERSION
+
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if CUDA_VERSION and torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -84,4 +95,6 @@ def resolve_device(name: str | None) -> str:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise CommandError(f"--device {name}: torch {torch.__version__} sees {count} GPUs here")
+        if not CUDA_VERSION:
+            raise CommandError(f"--device {name}: lora_ext was built for the CPU only")
     return name
