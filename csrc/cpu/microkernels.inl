@@ -92,9 +92,13 @@ void pack(const PackParams& p) {
   Scalar* const panel = static_cast<Scalar*>(p.panel);
   Vector block[kWidth];
   if (p.rank < kWidth) {
+#pragma GCC unroll 16
     for (int n = 0; n < kWidth; ++n) block[n] = load_partial(b[n], p.rank);
     transpose(block);
-    for (int j = 0; j < p.rank; ++j) store(panel + j * kWidth, block[j]);
+    // All of them, though only `rank` are read: a loop of unknown length would keep the block in
+    // memory instead of registers.
+#pragma GCC unroll 16
+    for (int j = 0; j < kWidth; ++j) store(panel + j * kWidth, block[j]);
     return;
   }
   for (int64_t j = 0; j < p.rank; j += kWidth) {

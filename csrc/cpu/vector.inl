@@ -1,7 +1,8 @@
 // Vectors of one instruction set: loads that convert to the accumulation type, stores that round,
 // transposition. Included by microkernels.inl inside the namespace of that instruction set. GCC's
-// vector extensions, so that the same text serves every width; intrinsics only for the conversion
-// of halves, which the extensions lack.
+// vector extensions, so that the same text serves every width; intrinsics only where the extensions
+// have nothing. What the set has is told by LORA_EXT_VECTOR_BYTES (64: AVX-512, 32: AVX2 with
+// F16C): before GCC 13, C++ does not see a target pragma's macros.
 
 struct Float16 {
   uint16_t bits;
@@ -49,9 +50,10 @@ inline Floats widen(BFloat16, HalfBits h) {
 }
 
 inline Floats widen(Float16, HalfBits h) {
-#if defined(__AVX512F__)
-  return bit_cast<Floats>(_mm512_cvtph_ps(bit_cast<__m256i>(h)));
-#elif defined(__F16C__)
+#if LORA_EXT_VECTOR_BYTES == 64
+  // In the form with a mask, here and below, because GCC 12 warns inside its own form without one.
+  return bit_cast<Floats>(_mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(h)));
+#elif LORA_EXT_VECTOR_BYTES == 32
   return bit_cast<Floats>(_mm256_cvtph_ps(bit_cast<__m128i>(h)));
 #else
   // The fields shifted into place, and the exponent's bias corrected by a multiplication, which
@@ -74,9 +76,10 @@ inline HalfBits narrow(BFloat16, Floats value) {
 }
 
 inline HalfBits narrow(Float16, Floats value) {
-#if defined(__AVX512F__)
-  return bit_cast<HalfBits>(_mm512_cvtps_ph(bit_cast<__m512>(value), _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__)
+#if LORA_EXT_VECTOR_BYTES == 64
+  return bit_cast<HalfBits>(
+      _mm512_maskz_cvtps_ph(0xffff, bit_cast<__m512>(value), _MM_FROUND_TO_NEAREST_INT));
+#elif LORA_EXT_VECTOR_BYTES == 32
   return bit_cast<HalfBits>(_mm256_cvtps_ph(bit_cast<__m256>(value), _MM_FROUND_TO_NEAREST_INT));
 #else
   const Bits bits = bit_cast<Bits>(value);
@@ -115,8 +118,22 @@ inline Floats load(const Half* from) {
   return widen(Half{}, h);
 }
 
-// The first n elements, zeros behind them. The copy has a length known only at run time, so it goes
-// by powers of two: that is several times faster than a call.
+// The first n elements, zeros behind them; n is less than a vector's.
+#if LORA_EXT_VECTOR_BYTES == 64
+inline Floats load_partial(const float* from, int64_t n) {
+  return bit_cast<Floats>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), from));
+}
+inline Doubles load_partial(const double* from, int64_t n) {
+  return bit_cast<Doubles>(_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), from));
+}
+template <class Half>
+inline Floats load_partial(const Half* from, int64_t n) {
+  const auto mask = static_cast<__mmask16>((1u << n) - 1);
+  return widen(Half{}, bit_cast<HalfBits>(_mm256_maskz_loadu_epi16(mask, from)));
+}
+#else
+// Without masked loads: a copy, by powers of two because its length is known only at run time,
+// which is several times faster than a call.
 template <class T>
 inline auto load_partial(const T* from, int64_t n) {
   constexpr int kCount = kLanes<typename Accumulation<T>::Vector>;
@@ -131,6 +148,7 @@ inline auto load_partial(const T* from, int64_t n) {
   }
   return load(padded);
 }
+#endif
 
 inline void store(float* to, Floats v) { __builtin_memcpy(to, &v, sizeof(v)); }
 inline void store(double* to, Doubles v) { __builtin_memcpy(to, &v, sizeof(v)); }
