@@ -14,7 +14,6 @@ from generators import (
     RANKS,
     apply_,
     dtypes_on,
-    expand_,
     generator,
     make_batch,
     make_module,
@@ -22,7 +21,6 @@ from generators import (
     on_devices,
     randn,
     random_slots,
-    shrink,
     strided_rows,
 )
 from lora_ext import ops
@@ -313,19 +311,6 @@ def test_zero_scaling_and_large_scaling(device):
     before = y.clone()
     check_apply(y, x, module, batch, "packed")
     assert torch.equal(y[0::4], before[0::4])
-
-
-def test_equals_shrink_then_expand_on_the_cpu(device):
-    if device != "cpu":
-        pytest.skip("the fused kernel sums in another order")
-    gen = generator("parts")
-    module = make_module([16, 64, 3], 200, [64, 32], torch.bfloat16, device)
-    y, x, batch = random_problem(module, random_slots(40, 3, gen), gen)
-    weights = module.weights("packed")
-    apart = y.clone()
-    expand_(apart, shrink(x, module, weights, batch.plan), module, weights, batch.plan)
-    apply_(y, x, module, weights, batch.plan)
-    assert_same_bits(y, apart)
 
 
 # ---- the situations in which SGLang tests its torch-native backend

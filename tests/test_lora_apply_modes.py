@@ -14,12 +14,14 @@ from generators import (
     LAYOUTS,
     apply_,
     apply_arguments,
+    expand_,
     generator,
     make_batch,
     make_module,
     on_devices,
     randn,
     random_slots,
+    shrink,
 )
 from lora_ext import ops
 from numerics import assert_same_bits
@@ -66,6 +68,15 @@ def test_same_bits_for_any_number_of_threads(dtype):
         torch.set_num_threads(threads)
     for result in results[1:]:
         assert_same_bits(result, results[0])
+
+
+def test_is_shrink_then_expand_on_the_cpu():
+    # Bit for bit, where on a GPU one kernel may do both and sum in another order.
+    module, weights, x, y, slots = problem("cpu")
+    plan = make_batch(slots, 5, "cpu").plan
+    apart = y.clone()
+    expand_(apart, shrink(x, module, weights, plan), module, weights, plan)
+    assert_same_bits(applied(y, x, module, weights, plan), apart)
 
 
 @devices
