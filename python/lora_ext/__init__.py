@@ -19,17 +19,29 @@ except ImportError as error:
     warnings.warn(f"torch.ops.lora_ext is not available: {error}", RuntimeWarning, stacklevel=2)
 
 if TYPE_CHECKING:
-    from . import adapters, layers, ops, reference
+    from . import adapters, backend, compat, layers, ops, reference
     from .adapters import Adapter, AdapterError, load_adapter
+    from .backend import LoRABackend
     from .batch import LoRABatch
     from .integrations.hf import LoRAModel, wrap
     from .pool import AdapterPool
 
-_MODULES = ("adapters", "batch", "integrations", "layers", "ops", "pool", "reference")
+_MODULES = (
+    "adapters",
+    "backend",
+    "batch",
+    "compat",
+    "integrations",
+    "layers",
+    "ops",
+    "pool",
+    "reference",
+)
 _EXPORTS = {
     "Adapter": "adapters",
     "AdapterError": "adapters",
     "AdapterPool": "pool",
+    "LoRABackend": "backend",
     "LoRABatch": "batch",
     "LoRAModel": "integrations.hf",
     "load_adapter": "adapters",
@@ -40,9 +52,12 @@ __all__ = [
     "Adapter",
     "AdapterError",
     "AdapterPool",
+    "LoRABackend",
     "LoRABatch",
     "LoRAModel",
     "adapters",
+    "backend",
+    "compat",
     "layers",
     "load_adapter",
     "ops",
