@@ -158,7 +158,8 @@ def tokens_per_request(batch: ForwardBatchLike) -> Sequence[int] | None:
         if batch.spec_info is None:
             raise ValueError("a target_verify batch needs spec_info.draft_token_num")
         return [batch.spec_info.draft_token_num] * batch.batch_size
-    if mode.is_extend() and batch.extend_seq_lens_cpu is not None:
+    counted = mode.is_extend() or mode.is_draft_extend_v2()
+    if counted and batch.extend_seq_lens_cpu is not None:
         return batch.extend_seq_lens_cpu
     raise ValueError(f"forward_mode {mode} without extend_seq_lens_cpu is not supported")
 
