@@ -90,10 +90,10 @@ __device__ __forceinline__ void grid_dependency_launch() {
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 __device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;\n" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;\n" ::: "memory");
 }
 // The address of this CTA's `pointer` in the CTA `rank` of the cluster.
 __device__ __forceinline__ uint32_t peer_address(const void* pointer, uint32_t rank) {
@@ -110,6 +110,11 @@ __device__ __forceinline__ float4 load_peer(uint32_t address) {
                : "r"(address)
                : "memory");
   return value;
+}
+__device__ __forceinline__ void store_peer(uint32_t address, float4 value) {
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1,%2,%3,%4};\n" ::"r"(address), "f"(value.x),
+               "f"(value.y), "f"(value.z), "f"(value.w)
+               : "memory");
 }
 #endif
 

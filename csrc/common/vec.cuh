@@ -81,6 +81,18 @@ __device__ __forceinline__ void split(float value, T& high, T& low) {
   low = from_float<T>(isfinite(rest) ? rest : 0.0f);
 }
 
+template <typename T>
+__device__ __forceinline__ uint32_t pack_two(T low, T high) {
+  uint16_t bits[2];
+  memcpy(bits, &low, 2);
+  memcpy(bits + 1, &high, 2);
+  return bits[0] | static_cast<uint32_t>(bits[1]) << 16;
+}
+template <typename T>
+__device__ __forceinline__ uint2 pack_four(const T (&values)[4]) {
+  return make_uint2(pack_two(values[0], values[1]), pack_two(values[2], values[3]));
+}
+
 // fp16 overflows at 65504, which a product with A may well pass: before the split each token's
 // values are scaled by a power of two that brings the largest (given as its bits) to [2^13, 2^14),
 // and the result is scaled back, both exactly.

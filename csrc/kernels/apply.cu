@@ -23,33 +23,64 @@ ApplyConfig config_of(const ApplyParams& p) {
 
 template <typename T, typename Y, int kRowBlocks>
 cudaError_t launch_fused(const ApplyParams& p, int cluster) {
-  const int64_t tiles = max_tiles(p.num_tokens, p.plan.num_slots, kTileTokens);
-  const bool vector_a = is_multiple(p.x, p.x_stride, 8, 16) && p.in_features % 8 == 0 &&
-                        is_multiple(p.a, p.slices.count, 8, 16);
   constexpr int kChunk = FusedTraits<kRowBlocks>::kChunk;
-  const bool vector_b = is_multiple(p.b, p.slices.count, kChunk, 2 * kChunk);
-  bool vector_y = is_multiple(p.y, p.y_stride, 8, 16);
+  bool vector_x_y = is_multiple(p.x, p.x_stride, 8, 16) && p.in_features % 8 == 0 &&
+                    is_multiple(p.y, p.y_stride, 8, 16);
+  for (int i = 0; i <= p.slices.count; ++i) {
+    vector_x_y &= p.slices.offset[i] % 8 == 0;
+  }
+  const bool all_vector = vector_x_y && p.b.slot_offsets == nullptr &&
+                          p.a.slot_offsets == nullptr && is_multiple(p.a, p.slices.count, 8, 16) &&
+                          is_multiple(p.b, p.slices.count, kChunk, 2 * kChunk);
+  FusedParams f{};
+  f.tiles = p.plan.tiles;
+  f.permutation = p.plan.permutation;
+  f.ranks = p.ranks;
+  f.scalings = p.scalings;
+  f.x = p.x;
+  f.y = p.y;
+  f.x_stride = p.x_stride;
+  f.y_stride = p.y_stride;
+  f.a_offsets = p.a.slot_offsets;
+  f.b_offsets = p.b.slot_offsets;
+  f.cluster = cluster;
+  f.max_tokens = static_cast<int32_t>(p.plan.max_tokens);
+  f.num_slots = static_cast<int32_t>(p.plan.num_slots);
+  f.num_tokens = static_cast<int32_t>(p.num_tokens);
+  f.in_features = static_cast<int32_t>(p.in_features);
+  f.max_rank = p.max_rank;
+  f.a_rows_by_rank = p.a.rows_by_rank;
+  f.vector_x_y = vector_x_y;
   for (int i = 0; i < p.slices.count; ++i) {
-    vector_y &= p.slices.offset[i] % 8 == 0;
+    FusedSlice& slice = f.slices[i];
+    slice.a = p.a.base[i];
+    slice.b = p.b.base[i];
+    slice.a_slot_stride = p.a.slot_stride[i];
+    slice.a_row_stride = p.a.row_stride[i];
+    slice.b_slot_stride = p.b.slot_stride[i];
+    slice.b_row_stride = p.b.row_stride[i];
+    slice.first_column = p.slices.offset[i];
+    slice.width = p.slices.offset[i + 1] - p.slices.offset[i];
+    slice.b_first_row = static_cast<int32_t>(p.b.first_row[i]);
   }
   LaunchShape shape{};
-  shape.grid = dim3(static_cast<unsigned>(tiles * cluster), p.slices.count);
+  shape.grid =
+      dim3(static_cast<unsigned>(max_tiles(p.num_tokens, p.plan.num_slots, kTileTokens) * cluster),
+           p.slices.count);
   shape.threads = kFusedThreads;
-  shape.shared_bytes = fused_shared<kRowBlocks>(p.max_rank).bytes;
+  shape.shared_bytes = fused_shared<Y, kRowBlocks>(p.max_rank, cluster).bytes;
   shape.cluster = cluster;
   shape.dependent = true;
-  return launch_kernel(apply_fused_kernel<T, Y, kRowBlocks>, shape, p.stream, p, cluster, vector_a,
-                       vector_b, vector_y);
+  return launch_kernel(all_vector ? apply_fused_kernel<T, Y, kRowBlocks, false>
+                                  : apply_fused_kernel<T, Y, kRowBlocks, true>,
+                       shape, p.stream, f);
 }
 
 cudaError_t apply_fused(const ApplyParams& p, int cluster) {
   return dispatch_half_output(p.dtype, p.y_dtype, [&](auto t, auto y) {
     using T = typename decltype(t)::type;
     using Y = typename decltype(y)::type;
-    if (p.max_rank <= 16) {
-      return launch_fused<T, Y, 1>(p, cluster);
-    }
-    return p.max_rank <= 32 ? launch_fused<T, Y, 2>(p, cluster) : launch_fused<T, Y, 4>(p, cluster);
+    return p.max_rank <= 16 ? launch_fused<T, Y, 1>(p, cluster) : launch_fused<T, Y, 2>(p, cluster);
   });
 }
 
@@ -96,6 +127,7 @@ int apply(const ApplyParams& p) {
   up.num_tokens = p.num_tokens;
   up.slices = p.slices;
   up.max_rank = p.max_rank;
+  up.after_shrink = p.dtype != DType::kFloat32;
   up.stream = p.stream;
   return expand(up);
 }

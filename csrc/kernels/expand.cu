@@ -1,10 +1,11 @@
 // y += xa B^T for tiles of tokens of one slot: what moves is y, read and written once.
 //
-// A CTA serves one (tile, slice) and a range of columns. xa is split into two 16-bit halves in
-// shared memory once. A warp takes 32 columns at a time: column c of mma block i stands for column
-// (c / 2) * 8 + 2 i + c % 2, so that a lane's results of four blocks are eight neighbours of y and
-// every access of y has 16 bytes. The y of the next 32 columns is on its way (cp.async to where the
-// same lane will read it, so no barrier is needed) while this one is computed.
+// A CTA serves one (tile of 64 tokens, slice) and 512 columns (256 where ranks are wide), 64 of
+// them a warp. As in the fused kernel the weights are the 16-row operand and eight neighbouring
+// columns of y fall to one lane, so that a warp reads and writes whole 128-byte lines. The warp
+// keeps its weights while the tile's tokens pass, 16 at a time; their y is on its way two rounds
+// ahead (cp.async to where the same lane will read it, so no barrier is needed). xa is split into
+// two 16-bit halves in shared memory once.
 #include "common/ptx.cuh"
 #include "common/vec.cuh"
 #include "kernels/heuristics.h"
@@ -14,76 +15,104 @@
 namespace lora_ext::cuda {
 namespace {
 
-constexpr int kWarps = 8;
-constexpr int kThreads = 32 * kWarps;
-constexpr int kColumns = 32;  // of a warp at a time
-constexpr int kSpan = 32;     // ranks of one step: 8 neighbours a lane
+constexpr int kUnitColumns = 64;  // of a warp
+constexpr int kRound = 16;        // tokens at a time
+constexpr int kRounds = kWideTileTokens / kRound;
+constexpr int kBuffers = 3;  // rounds of y in shared memory: one in use, two on their way
 
-template <typename Y, int kTokens>
+// kChunk: neighbouring ranks that a lane holds, 4 for pools of rank up to 16, else 8. Weights of up
+// to kStaged steps of ranks stay in shared memory; a slot of a higher rank reads them again for
+// each round.
+template <typename Y, int kChunk>
 struct ExpandShared {
-  static constexpr int kOutputs = kTokens / 8;  // Outputs of a lane
-  static constexpr int kOutputBytes = kThreads * kOutputs * 8 * sizeof(Y);
-  static constexpr int kHeader = kTokens * 8;  // token ids and maxima
-  static int bytes(int max_rank) {
-    return kHeader + 2 * kOutputBytes +
-           2 * kTokens * (static_cast<int>(round_up(max_rank, kSpan)) + 8) * 2;
+  static constexpr int kWarps =
+      kChunk == 4 ? 8 : 4;  // wider ranks need more shared memory for each warp
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kColumns = kWarps * kUnitColumns;
+  static constexpr int kSpan = 4 * kChunk;
+  static constexpr int kStaged = kChunk == 4 ? 1 : 2;
+  static constexpr int kHeader = 2 * kWideTileTokens * 4;  // token ids, and maxima for fp16
+  static constexpr int kStepBytes = kThreads * 8 * kChunk * 2;
+  static constexpr int kRoundBytes = kThreads * 4 * 8 * sizeof(Y);
+  static LORA_EXT_HOST_DEVICE int xa_stride(int max_rank) {
+    return (max_rank + kSpan - 1) / kSpan * kSpan + 8;
+  }
+  static LORA_EXT_HOST_DEVICE int staged(int max_rank) { return max_rank <= kSpan ? 1 : kStaged; }
+  // 64 tokens in two halves up to rank 512; above, half the tokens at a time.
+  static LORA_EXT_HOST_DEVICE int tokens(int max_rank) {
+    return max_rank <= 256 ? kWideTileTokens : kRound;
+  }
+  static LORA_EXT_HOST_DEVICE int bytes(int max_rank) {
+    return kHeader + staged(max_rank) * kStepBytes + kBuffers * kRoundBytes +
+           4 * tokens(max_rank) * xa_stride(max_rank);
   }
 };
 
-template <typename T, typename Y, int kTokens>
-__global__ void __launch_bounds__(kThreads, 2)
-    expand_kernel(const __grid_constant__ ExpandParams p, int columns_per_block, bool vector_b,
-                  bool vector_y) {
-  using Shared = ExpandShared<Y, kTokens>;
-  constexpr int kBlocks = kTokens / 16;
-  extern __shared__ __align__(128) unsigned char shared[];
+template <typename T, typename Y, int kChunk, bool kVector>
+__device__ __forceinline__ void expand_body(const ExpandParams& p, const Tile& tile, int rank,
+                                            bool after_shrink, unsigned char* shared) {
+  using Shared = ExpandShared<Y, kChunk>;
+  constexpr int kSpan = Shared::kSpan, kWarps = Shared::kWarps, kThreads = Shared::kThreads;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4,
             q = lane % 4;
+  const int num_staged = Shared::staged(p.max_rank), xa_tokens = Shared::tokens(p.max_rank);
+  const int xa_stride = Shared::xa_stride(p.max_rank);
   int* token_ids = reinterpret_cast<int*>(shared);
-  int* token_max = token_ids + kTokens;
-  unsigned char* staged = shared + Shared::kHeader;  // [2][output][thread] of 8 values of y
-  const int xa_stride = (p.max_rank + kSpan - 1) / kSpan * kSpan + 8;
-  T* xa_high = reinterpret_cast<T*>(staged + 2 * Shared::kOutputBytes);  // [kTokens][xa_stride]
-  T* xa_low = xa_high + kTokens * xa_stride;
+  int* token_max = token_ids + kWideTileTokens;
+  T* staged_b = reinterpret_cast<T*>(shared + Shared::kHeader) +
+                thread * kChunk;  // [step][8][thread][kChunk]
+  Y* staged_y =
+      reinterpret_cast<Y*>(shared + Shared::kHeader + num_staged * Shared::kStepBytes) + thread * 8;
+  T* xa_high = reinterpret_cast<T*>(shared + Shared::kHeader + num_staged * Shared::kStepBytes +
+                                    kBuffers * Shared::kRoundBytes);  // [xa_tokens][xa_stride]
+  T* xa_low = xa_high + xa_tokens * xa_stride;
 
-  const Tile* tiles = kTokens == kTileTokens ? p.plan.tiles : p.plan.wide_tiles;
-  device::grid_dependency_wait();
-  device::grid_dependency_launch();
-  const Tile tile = tiles[blockIdx.x];
-  if (tile.slot < 0) {
-    return;
-  }
-  const int rank = min(p.ranks[tile.slot], p.max_rank);
-  const int slice = blockIdx.z;
-  const int first_column = p.slices.offset[slice];
+  const int slice = blockIdx.z, first_column = p.slices.offset[slice];
   const int width = p.slices.offset[slice + 1] - first_column;
-  const int begin = blockIdx.y * columns_per_block, end = min(begin + columns_per_block, width);
-  if (rank <= 0 || begin >= width) {
-    return;
-  }
-  for (int i = thread; i < kTokens; i += kThreads) {
-    token_ids[i] = i < tile.count ? p.plan.permutation[tile.start + i] : -1;
-    token_max[i] = 0;
-  }
-  __syncthreads();
+  const int column = blockIdx.y * Shared::kColumns + warp * kUnitColumns + 8 * g;
+  const int64_t b_stride = p.b.stride(slice, rank);
+  const T* b = static_cast<const T*>(p.b.base[slice]) + p.b.row_offset(tile.slot, slice, rank, 0) +
+               column * b_stride;
+  Y* y = static_cast<Y*>(p.y) + first_column + column;
+  const int rounds = (tile.count + kRound - 1) / kRound;
 
-  Y* y = static_cast<Y*>(p.y) + first_column;
-  const auto staged_at = [&](int buffer, int output) {
-    return reinterpret_cast<Y*>(staged + buffer * Shared::kOutputBytes) +
-           (output * kThreads + thread) * 8;
+  const auto stage_b = [&](int j0, int step) {
+    const int j = j0 + step * kSpan + q * kChunk, valid = min(max(rank - j, 0), kChunk);
+    T* to = staged_b + step * 8 * kThreads * kChunk;
+    const T* row = b + j;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if constexpr (kVector) {  // columns come in whole eights
+        if (column < width) {
+          if constexpr (kChunk == 8) {
+            device::copy_async_16(to, row, 2 * valid);
+          } else {
+            device::copy_async_8(to, row, 2 * valid);
+          }
+        }
+      } else {
+        device::Chunk<T, kChunk> chunk;
+        device::load_scalars(chunk, row, column + i < width ? valid : 0);
+        *reinterpret_cast<device::Chunk<T, kChunk>*>(to) = chunk;
+      }
+      row += b_stride;
+      to += kThreads * kChunk;
+    }
   };
-  // Output o of a lane: token 16 * (o / 2) + 8 * (o % 2) + g of the tile, columns from `column`.
-  const auto prefetch = [&](int unit, int buffer) {
-    const int column = unit + 8 * q;
-    if (vector_y && column + 8 <= end) {
+  // Output o of a lane: token 8 * (o / 2) + 2 q + o % 2 of the round, eight columns.
+  const auto output_row = [&](int round, int o) {
+    const int id = token_ids[round * kRound + 8 * (o / 2) + 2 * q + o % 2];
+    return id >= 0 ? y + id * p.y_stride : nullptr;
+  };
+  const auto stage_y = [&](int round) {
+    if (kVector && round < rounds && column < width) {
 #pragma unroll
-      for (int o = 0; o < Shared::kOutputs; ++o) {
-        const int id = token_ids[8 * o + g];
-        if (id >= 0) {
-          const Y* from = y + id * p.y_stride + column;
-          Y* to = staged_at(buffer, o);
+      for (int o = 0; o < 4; ++o) {
+        const Y* from = output_row(round, o);
+        if (from != nullptr) {
+          Y* to = staged_y + (round % kBuffers * 4 + o) * kThreads * 8;
 #pragma unroll
-          for (int i = 0; i < 8; i += 16 / sizeof(Y)) {
+          for (int i = 0; i < 8; i += 16 / static_cast<int>(sizeof(Y))) {
             device::copy_async_16(to + i, from + i, 16);
           }
         }
@@ -91,121 +120,198 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     device::copy_async_commit();
   };
-  const int first_unit = begin + warp * kColumns;
-  if (first_unit < end) {
-    prefetch(first_unit, 0);
+  const bool stays = rank <= num_staged * kSpan;
+  for (int step = 0; step < num_staged && stays && step * kSpan < rank; ++step) {
+    stage_b(0, step);
+  }
+  stage_y(0);
+  stage_y(1);
+  if (after_shrink) {
+    device::grid_dependency_wait();  // xa is all that the kernel before has written
   }
 
-  // xa to two halves; ranks up to the end of a step become 0.
+  // xa of tokens [first, first + xa_tokens) to two halves; ranks up to the end of a step become 0.
   const int padded = (rank + kSpan - 1) / kSpan * kSpan;
-  const auto value_at = [&](int i) {
-    const int id = token_ids[i / padded], j = i % padded;
-    return id >= 0 && j < rank
-               ? static_cast<const float*>(p.xa)[id * p.xa_stride + slice * rank + j]
-               : 0.0f;
-  };
-  if constexpr (device::kNeedsScale<T>) {
-    for (int i = thread; i < kTokens * padded; i += kThreads) {
-      atomicMax(token_max + i / padded, __float_as_int(fabsf(value_at(i))));
+  const auto split_xa = [&](int first) {
+    const int tokens = min(rounds * kRound - first, xa_tokens);
+    // A few threads share a token, four ranks each at a time: no division, and all loads of a
+    // thread are independent.
+    constexpr int kSharers = kThreads / kWideTileTokens;
+    const int token = thread / kSharers;
+    const int id = token < tokens ? token_ids[first + token] : -1;
+    const float* from =
+        static_cast<const float*>(p.xa) + max(id, 0) * p.xa_stride + int64_t{slice} * rank;
+    const bool vector =
+        p.xa_stride % 4 == 0 && slice * rank % 4 == 0 && device::is_aligned(p.xa, 16);
+    const auto load = [&](float(&values)[4], int j) {
+      if (vector && id >= 0 && j + 4 <= rank) {
+        const float4 quad = *reinterpret_cast<const float4*>(from + j);
+        values[0] = quad.x, values[1] = quad.y, values[2] = quad.z, values[3] = quad.w;
+      } else {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          values[e] = id >= 0 && j + e < rank ? from[j + e] : 0.0f;
+        }
+      }
+    };
+    if constexpr (device::kNeedsScale<T>) {
+      for (int j = thread % kSharers * 4; j < rank && token < tokens; j += kSharers * 4) {
+        float values[4];
+        load(values, j);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          atomicMax(token_max + first + token, __float_as_int(fabsf(values[e])));
+        }
+      }
+      __syncthreads();
+    }
+    const float scale = device::kNeedsScale<T> && token < tokens
+                            ? device::scale_down(token_max[first + token])
+                            : 1.0f;
+#pragma unroll 4
+    for (int j = thread % kSharers * 4; j < padded; j += kSharers * 4) {
+      if (token < tokens) {
+        float values[4];
+        load(values, j);
+        T high[4], low[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          device::split(values[e] * scale, high[e], low[e]);
+        }
+        const int at = token * xa_stride + j;
+        *reinterpret_cast<uint2*>(xa_high + at) = device::pack_four(high);
+        *reinterpret_cast<uint2*>(xa_low + at) = device::pack_four(low);
+      }
     }
     __syncthreads();
+  };
+  if (xa_tokens == kWideTileTokens) {
+    split_xa(0);
   }
-#pragma unroll 4
-  for (int i = thread; i < kTokens * padded; i += kThreads) {
-    const float scale = device::kNeedsScale<T> ? device::scale_down(token_max[i / padded]) : 1.0f;
-    T high, low;
-    device::split(value_at(i) * scale, high, low);
-    xa_high[i / padded * xa_stride + i % padded] = high;
-    xa_low[i / padded * xa_stride + i % padded] = low;
-  }
-  __syncthreads();
 
-  const T* b = static_cast<const T*>(p.b.base[slice]) + p.b.row_offset(tile.slot, slice, rank, 0);
-  const int64_t b_stride = p.b.stride(slice, rank);
-  const bool b_is_vector = vector_b && b_stride % 8 == 0 && device::is_aligned(b, 16);
-  using Ranks = device::Chunk<T, 8>;
-  int buffer = 0;
-  for (int unit = first_unit; unit < end; unit += kWarps * kColumns, buffer ^= 1) {
-    float acc[kBlocks][4][4] = {};
-    for (int j0 = 0; j0 < rank; j0 += kSpan) {
-      const int j = j0 + 8 * q;
-      Ranks weights[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int n = unit + g / 2 * 8 + 2 * i + g % 2;
-        const bool inside = n < end && j < rank;
-        if (b_is_vector && j + 8 <= rank) {
-          device::load_vector(weights[i], b + n * b_stride + j, inside);
-        } else {
-          device::load_scalars(weights[i], b + n * b_stride + j, inside ? rank - j : 0);
-        }
+  for (int round = 0; round < rounds; ++round) {
+    if (xa_tokens < kWideTileTokens) {
+      __syncthreads();
+      split_xa(round * kRound);
+    }
+    const int xa_row = xa_tokens < kWideTileTokens ? 0 : round * kRound;
+    stage_y(round + 2);
+    float acc[4][2][4] = {};
+    for (int j = 0; j < rank; j += kSpan) {
+      int step = j / kSpan;
+      if (!stays) {
+        step = 0;
+        stage_b(j, 0);
+        device::copy_async_commit();
+        device::copy_async_wait<0>();
+      } else if (j == 0) {
+        device::copy_async_wait<2>();
       }
-      if (j0 == 0) {  // behind the weights, which are needed first
-        if (unit + kWarps * kColumns < end) {
-          prefetch(unit + kWarps * kColumns, buffer ^ 1);
-        } else {
-          device::copy_async_commit();
-        }
+      device::Chunk<T, kChunk> high[2], low[2];
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const int from = (xa_row + 8 * n + g) * xa_stride + j + q * kChunk;
+        high[n] = *reinterpret_cast<const device::Chunk<T, kChunk>*>(xa_high + from);
+        low[n] = *reinterpret_cast<const device::Chunk<T, kChunk>*>(xa_low + from);
       }
 #pragma unroll
-      for (int m = 0; m < kBlocks; ++m) {
-        if (16 * m < tile.count) {
-          Ranks high[2], low[2];
+      for (int block = 0; block < 4; ++block) {
+        device::Chunk<T, kChunk> weights[2];
 #pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const int at = (16 * m + 8 * h + g) * xa_stride + j;
-            high[h] = *reinterpret_cast<const Ranks*>(xa_high + at);
-            low[h] = *reinterpret_cast<const Ranks*>(xa_low + at);
-          }
+        for (int h = 0; h < 2; ++h) {
+          weights[h] = *reinterpret_cast<const device::Chunk<T, kChunk>*>(
+              staged_b + (step * 8 + 2 * block + h) * kThreads * kChunk);
+        }
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
+        for (int n = 0; n < 2; ++n) {
 #pragma unroll
-            for (int w = 0; w < 4; w += 2) {
-              device::mma<T>(acc[m][i], high[0].words[w], high[1].words[w], high[0].words[w + 1],
-                             high[1].words[w + 1], weights[i].words[w], weights[i].words[w + 1]);
-              device::mma<T>(acc[m][i], low[0].words[w], low[1].words[w], low[0].words[w + 1],
-                             low[1].words[w + 1], weights[i].words[w], weights[i].words[w + 1]);
-            }
+          for (int w = 0; w < kChunk / 2; w += 2) {
+            device::mma<T>(acc[block][n], weights[0].words[w], weights[1].words[w],
+                           weights[0].words[w + 1], weights[1].words[w + 1], high[n].words[w],
+                           high[n].words[w + 1]);
+            device::mma<T>(acc[block][n], weights[0].words[w], weights[1].words[w],
+                           weights[0].words[w + 1], weights[1].words[w + 1], low[n].words[w],
+                           low[n].words[w + 1]);
           }
         }
       }
     }
-    device::copy_async_wait<1>();
-    const int column = unit + 8 * q;
-    if (column < end) {
+    if (column < width) {
 #pragma unroll
-      for (int o = 0; o < Shared::kOutputs; ++o) {
-        const int id = token_ids[8 * o + g];
-        if (id < 0) {
+      for (int o = 0; o < 4; ++o) {
+        Y* to = output_row(round, o);
+        if (to == nullptr) {
           continue;
         }
         float delta[8];
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          delta[i] = acc[o / 2][i / 2][o % 2 * 2 + i % 2];
+          delta[i] = acc[i / 2][o / 2][i % 2 * 2 + o % 2];
           if constexpr (device::kNeedsScale<T>) {
-            delta[i] *= device::scale_up(token_max[8 * o + g]);
+            delta[i] *= device::scale_up(token_max[round * kRound + 8 * (o / 2) + 2 * q + o % 2]);
           }
         }
         device::Outputs<Y> outputs;
-        Y* to = y + id * p.y_stride + column;
-        if (vector_y && column + 8 <= end) {
-          outputs.load(staged_at(buffer, o));
+        if constexpr (kVector) {
+          outputs.load(staged_y + (round % kBuffers * 4 + o) * kThreads * 8);
           outputs.add(delta);
           outputs.store(to);
         } else {
-          outputs.load_scalars(to, end - column);
+          outputs.load_scalars(to, width - column);
           outputs.add(delta);
-          outputs.store_scalars(to, end - column);
+          outputs.store_scalars(to, width - column);
         }
       }
     }
   }
 }
 
+// after_shrink: the kernel before in the stream is the shrink of the same call, which has itself
+// waited for all that came before it; so only xa is yet to come, and all else may be fetched while
+// the shrink is at work.
+template <typename T, typename Y, int kChunk, bool kGeneral>
+__global__ void __launch_bounds__(ExpandShared<Y, kChunk>::kThreads, 3)
+    expand_kernel(const __grid_constant__ ExpandParams p, bool vector_y) {
+  using Shared = ExpandShared<Y, kChunk>;
+  extern __shared__ __align__(128) unsigned char shared[];
+  int* token_ids = reinterpret_cast<int*>(shared);
+  if (!p.after_shrink) {
+    device::grid_dependency_wait();
+  }
+  device::grid_dependency_launch();
+  const Tile tile = p.plan.wide_tiles[blockIdx.x];
+  const int slice = blockIdx.z;
+  if (tile.slot < 0 ||
+      blockIdx.y * Shared::kColumns >= p.slices.offset[slice + 1] - p.slices.offset[slice]) {
+    return;
+  }
+  const int rank = min(p.ranks[tile.slot], p.max_rank);
+  for (int i = threadIdx.x; i < kWideTileTokens; i += Shared::kThreads) {
+    const int id = i < tile.count ? p.plan.permutation[tile.start + i] : -1;
+    token_ids[i] = id < p.num_tokens ? id : -1;  // a plan may be for more tokens than this call has
+    token_ids[kWideTileTokens + i] = 0;
+  }
+  __syncthreads();
+  if (rank <= 0) {
+    return;
+  }
+  if constexpr (!kGeneral) {
+    expand_body<T, Y, kChunk, true>(p, tile, rank, p.after_shrink, shared);
+  } else {
+    const T* b = static_cast<const T*>(p.b.base[slice]) + p.b.row_offset(tile.slot, slice, rank, 0);
+    if (vector_y && p.b.stride(slice, rank) % kChunk == 0 && device::is_aligned(b, 2 * kChunk)) {
+      expand_body<T, Y, kChunk, true>(p, tile, rank, p.after_shrink, shared);
+    } else {
+      expand_body<T, Y, kChunk, false>(p, tile, rank, p.after_shrink, shared);
+    }
+  }
+}
+
+constexpr int kFloatThreads = 256;
+
 // fp32: a block serves one token, a thread one column at a time.
 template <typename Y>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kFloatThreads)
     expand_float_kernel(const __grid_constant__ ExpandParams p) {
   const int64_t token = blockIdx.x;
   const int slot = p.plan.token_slots[token];
@@ -217,7 +323,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int slice = 0; slice < p.slices.count; ++slice) {
     const int first = p.slices.offset[slice], width = p.slices.offset[slice + 1] - first;
     const float* xa = static_cast<const float*>(p.xa) + token * p.xa_stride + slice * rank;
-    for (int n = threadIdx.x; n < width; n += kThreads) {
+    for (int n = threadIdx.x; n < width; n += kFloatThreads) {
       const float* b =
           static_cast<const float*>(p.b.base[slice]) + p.b.row_offset(slot, slice, rank, n);
       float sum = 0.0f;
@@ -229,23 +335,28 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <typename T, typename Y, int kTokens>
-cudaError_t launch_expand(const ExpandParams& p, int columns) {
+template <typename T, typename Y, int kChunk>
+cudaError_t launch_expand(const ExpandParams& p) {
+  using Shared = ExpandShared<Y, kChunk>;
   int width = 0;
   bool vector_y = is_multiple(p.y, p.y_stride, 8, 16);
   for (int i = 0; i < p.slices.count; ++i) {
     width = max(width, p.slices.offset[i + 1] - p.slices.offset[i]);
-    vector_y &= p.slices.offset[i] % 8 == 0;
+    vector_y &= p.slices.offset[i + 1] % 8 == 0;
   }
+  const bool all_vector = vector_y && p.b.slot_offsets == nullptr &&
+                          is_multiple(p.b, p.slices.count, kChunk, 2 * kChunk);
   LaunchShape shape{};
-  shape.grid = dim3(static_cast<unsigned>(max_tiles(p.num_tokens, p.plan.num_slots, kTokens)),
-                    static_cast<unsigned>(ceil_div(width, columns)), p.slices.count);
-  shape.threads = kThreads;
-  shape.shared_bytes = ExpandShared<Y, kTokens>::bytes(p.max_rank);
+  shape.grid =
+      dim3(static_cast<unsigned>(max_tiles(p.num_tokens, p.plan.num_slots, kWideTileTokens)),
+           static_cast<unsigned>(ceil_div(width, Shared::kColumns)), p.slices.count);
+  shape.threads = Shared::kThreads;
+  shape.shared_bytes = Shared::bytes(p.max_rank);
   shape.cluster = 1;
   shape.dependent = true;
-  return launch_kernel(expand_kernel<T, Y, kTokens>, shape, p.stream, p, columns,
-                       is_multiple(p.b, p.slices.count, 8, 16), vector_y);
+  return launch_kernel(
+      all_vector ? expand_kernel<T, Y, kChunk, false> : expand_kernel<T, Y, kChunk, true>, shape,
+      p.stream, p, vector_y);
 }
 
 }  // namespace
@@ -256,29 +367,20 @@ int expand(const ExpandParams& p) {
     const auto stream = static_cast<cudaStream_t>(p.stream);
     switch (p.y_dtype) {
       case DType::kFloat32:
-        expand_float_kernel<float><<<blocks, kThreads, 0, stream>>>(p);
+        expand_float_kernel<float><<<blocks, kFloatThreads, 0, stream>>>(p);
         break;
       case DType::kBFloat16:
-        expand_float_kernel<__nv_bfloat16><<<blocks, kThreads, 0, stream>>>(p);
+        expand_float_kernel<__nv_bfloat16><<<blocks, kFloatThreads, 0, stream>>>(p);
         break;
       default:
-        expand_float_kernel<__half><<<blocks, kThreads, 0, stream>>>(p);
+        expand_float_kernel<__half><<<blocks, kFloatThreads, 0, stream>>>(p);
     }
     return cudaGetLastError();
   }
-  ExpandShape shape{};
-  shape.num_tokens = p.num_tokens;
-  shape.num_slots = p.plan.num_slots;
-  shape.out_features = p.slices.offset[p.slices.count];
-  shape.num_slices = p.slices.count;
-  shape.max_rank = p.max_rank;
-  shape.sm_count = device_properties().sm_count;
-  const ExpandConfig config = expand_config(shape);
   return dispatch_half_output(p.dtype, p.y_dtype, [&](auto t, auto y) {
     using T = typename decltype(t)::type;
     using Y = typename decltype(y)::type;
-    return config.wide ? launch_expand<T, Y, kWideTileTokens>(p, config.columns)
-                       : launch_expand<T, Y, kTileTokens>(p, config.columns);
+    return p.max_rank <= 16 ? launch_expand<T, Y, 4>(p) : launch_expand<T, Y, 8>(p);
   });
 }
 

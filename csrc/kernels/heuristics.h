@@ -60,16 +60,40 @@ struct ApplyConfig {
 // read each once.
 constexpr int64_t kFusedMaxTokens = 256;
 
-// The cluster splits K: more CTAs mean more loads in flight for few tiles, and more scheduling for
-// many. 16 is the most a cluster can have; below 256 values of K for a CTA its eight warps would
-// have no 32-wide step each.
+// Tiles that a batch will likely have: all slots in use, or all tiles full, whichever is more. The
+// grid covers the worst case (max_tiles); CTAs beyond the real tiles leave at once.
+inline int64_t likely_tiles(int64_t num_tokens, int64_t num_slots, int tile_tokens) {
+  return std::max(ceil_div(num_tokens, tile_tokens), std::min(num_tokens, num_slots));
+}
+
+// CTAs of a cluster share one processing cluster of the chip, so that clusters of `cluster` CTAs do
+// not fill it to the last place: three quarters were always found free.
+inline int64_t resident_blocks(int sm_count, int per_sm, int cluster) {
+  return cluster == 1 ? int64_t{sm_count} * per_sm : int64_t{sm_count} * per_sm * 3 / 4;
+}
+
+// CTAs of the fused kernel on one SM: registers allow four for narrow ranks and two for wide ones,
+// shared memory one where the cluster's partial sums take more than 32 KB.
+inline int fused_blocks_per_sm(int max_rank, int cluster) {
+  return max_rank <= 16 ? 4 : cluster * max_rank * 64 <= 32 * 1024 ? 2 : 1;
+}
+
+// The cluster splits K: more CTAs mean more loads in flight for few tiles. All CTAs should be
+// resident at once: a second wave would cost the whole latency of the chain again (measured at 32
+// adapters of rank 16: K = 14336 takes 12.7 us with clusters of 8 and 18.8 with 16). 16 is the most
+// that a cluster can have, and pays from 512 values of K for a CTA on: K = 4096 at one token takes
+// 6.5 us with 8 and 7.0 with 16, K = 14336 8.7 and 7.7.
 inline int cluster_size(const ApplyShape& s) {
   const int64_t items =
-      s.batch_invariant ? 1 : max_tiles(s.num_tokens, s.num_slots, kTileTokens) * s.num_slices;
-  const int64_t most = s.batch_invariant ? 8 : 16;
+      s.batch_invariant ? 1 : likely_tiles(s.num_tokens, s.num_slots, kTileTokens) * s.num_slices;
+  const int most = s.batch_invariant ? 8 : 16;
+  const auto fits = [&](int cluster) {
+    return s.in_features >= 512 * cluster &&
+           items * cluster <=
+               resident_blocks(s.sm_count, fused_blocks_per_sm(s.max_rank, cluster), cluster);
+  };
   int cluster = 1;
-  while (cluster < most && s.in_features >= 256 * 2 * cluster &&
-         items * 2 * cluster <= 4 * s.sm_count) {
+  while (cluster < most && fits(2 * cluster)) {
     cluster *= 2;
   }
   return cluster;
@@ -92,42 +116,21 @@ struct ShrinkConfig {
   int cluster;  // CTAs that split K
 };
 
-// All rows in one CTA, as far as registers allow, so that x is read once; then K is split until the
-// chip is filled.
+// All rows in one CTA, as far as registers allow, so that x is read once; then K is split as long
+// as all CTAs of full tiles stay resident at once (two to an SM, one with 256 rows): a second wave
+// would cost the latency of the whole chain again. Partly filled tiles beyond that are few or
+// short.
 inline ShrinkConfig shrink_config(const ShrinkShape& s) {
   ShrinkConfig config{s.rows <= 32 ? 32 : s.rows <= 64 ? 64 : s.rows <= 128 ? 128 : 256, 1};
-  const int64_t tiles =
-      max_tiles(s.num_tokens, s.num_slots, kWideTileTokens) * ceil_div(s.rows, config.rows);
-  while (s.clusters && config.cluster < 8 && s.in_features >= 512 * config.cluster &&
-         tiles * config.cluster < 2 * s.sm_count) {
+  const int64_t tiles = ceil_div(s.num_tokens, kWideTileTokens) * ceil_div(s.rows, config.rows);
+  const auto fits = [&](int cluster) {
+    return s.in_features >= 512 * cluster &&
+           tiles * cluster <= resident_blocks(s.sm_count, config.rows <= 128 ? 2 : 1, cluster);
+  };
+  while (s.clusters && config.cluster < 16 && fits(2 * config.cluster)) {
     config.cluster *= 2;
   }
   return config;
-}
-
-struct ExpandShape {
-  int64_t num_tokens, num_slots, out_features;
-  int num_slices, max_rank;
-  int sm_count;
-};
-
-struct ExpandConfig {
-  bool wide;    // tiles of 64 tokens instead of 16
-  int columns;  // of y for one CTA, a multiple of 256
-};
-
-// Wide tiles for prefill, while 64 rows of xa in two halves fit in shared memory; columns so that
-// there are a few CTAs for each SM.
-inline ExpandConfig expand_config(const ExpandShape& s) {
-  const bool wide = s.num_tokens > 256 && s.max_rank <= 256;
-  const int64_t tiles =
-      max_tiles(s.num_tokens, s.num_slots, wide ? kWideTileTokens : kTileTokens) * s.num_slices;
-  const int64_t width = ceil_div(s.out_features, s.num_slices);
-  int64_t columns = round_up(width, 256);
-  while (columns > 256 && tiles * ceil_div(width, columns) < 4 * s.sm_count) {
-    columns = round_up(columns / 2, 256);
-  }
-  return {wide, static_cast<int>(columns)};
 }
 
 }  // namespace lora_ext

@@ -48,17 +48,22 @@ struct LaunchShape {
 template <typename... Params, typename... Args>
 cudaError_t launch_kernel(void (*kernel)(Params...), const LaunchShape& shape, void* stream,
                           Args&&... args) {
+  // The last error is cleared where a call fails: it is reported here, and must not fail the next
+  // launch too.
+  const auto failed = [](cudaError_t error) {
+    return error != cudaSuccess && (cudaGetLastError(), true);
+  };
   if (shape.shared_bytes > 48 * 1024) {
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes);
-    if (error != cudaSuccess) {
+    if (failed(error)) {
       return error;
     }
   }
   if (shape.cluster > 8) {  // beyond the size that every chip with clusters guarantees
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (error != cudaSuccess) {
+    if (failed(error)) {
       return error;
     }
   }
@@ -83,7 +88,9 @@ cudaError_t launch_kernel(void (*kernel)(Params...), const LaunchShape& shape, v
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = attributes;
   config.numAttrs = count;
-  return cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
+  failed(error);
+  return error;
 }
 
 template <typename T>

@@ -35,7 +35,8 @@ __global__ void __launch_bounds__(kThreads) moe_info_kernel(MoeInfoParams p) {
     bool used = false;
     if (p.ranks[slot] > 0) {
       for (int64_t i = threadIdx.x % 32; i < p.num_segments; i += 32) {
-        used |= p.seg_slots[i] == slot && p.seg_indptr[i + 1] > p.seg_indptr[i];
+        used |= p.seg_slots[i] == slot && p.seg_indptr[i + 1] > p.seg_indptr[i] &&
+                p.seg_indptr[i] < p.num_tokens;
       }
     }
     used = __any_sync(0xffffffffu, used);

@@ -9,6 +9,7 @@
 
 #include "kernels/heuristics.h"
 #include "kernels/kernels.h"
+#include "kernels/launch.cuh"
 
 namespace lora_ext::cuda {
 namespace {
@@ -235,16 +236,12 @@ __global__ void __launch_bounds__(kThreads) plan_batch_kernel(PlanParams p, int 
 
 int plan_batch(const PlanParams& params) {
   const PlanConfig config = plan_config(params.plan.max_tokens, params.plan.num_slots);
-  if (config.shared_bytes > kDefaultSharedBytes) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        plan_batch_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, config.shared_bytes);
-    if (error != cudaSuccess) {
-      return error;
-    }
-  }
-  plan_batch_kernel<<<1, config.threads, config.shared_bytes,
-                      static_cast<cudaStream_t>(params.stream)>>>(params, config.num_buckets);
-  return cudaGetLastError();
+  LaunchShape shape{};
+  shape.grid = dim3(1);
+  shape.threads = config.threads;
+  shape.shared_bytes = config.shared_bytes;
+  shape.cluster = 1;
+  return launch_kernel(plan_batch_kernel, shape, params.stream, params, config.num_buckets);
 }
 
 const char* error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

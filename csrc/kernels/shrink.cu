@@ -14,107 +14,94 @@ namespace lora_ext::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kStepK = 64;  // 128 bytes a row: one swizzle period, eight 16-byte chunks
 
+// kRows: columns of xa (rows of A) that a CTA computes. A step of K is 256 bytes of a row where the
+// stages stay small, which halves the barriers; three stages are in flight while one is computed.
 template <int kRows>
 struct ShrinkTraits {
-  static constexpr int kStages = kRows <= 128 ? 4 : 3;
+  static constexpr int kStepK = kRows <= 64 ? 128 : 64;
+  static constexpr int kChunks = kStepK / 8;  // of 16 bytes, a row
+  static constexpr int kRowsPerRound =
+      kThreads / kChunks;  // rows that the block copies with one copy a thread
+  static constexpr int kStages = kRows == 64 ? 3 : 4;
   static constexpr int kStageBytes = (kWideTileTokens + kRows) * kStepK * 2;
   static constexpr int kSumStride = kRows + 4;  // floats between tokens of the partial sums
   static constexpr int kSumBytes = kWideTileTokens * kSumStride * 4;
   static constexpr int kSharedBytes =
       kStages * kStageBytes > kSumBytes ? kStages* kStageBytes : kSumBytes;
+
+  // Where a chunk lies in a stage: rotated within the row so that the eight rows of an ldmatrix hit
+  // distinct banks.
+  __device__ static int at(int row, int chunk) {
+    return (row * kChunks + (chunk ^ (row % 8))) * 16;
+  }
 };
 
-// Where chunk `chunk` of row `row` lies in a stage: rotated within the row so that the eight rows
-// of an ldmatrix hit distinct banks.
-__device__ __forceinline__ int swizzled(int row, int chunk) {
-  return row * 128 + (chunk ^ (row % 8)) * 16;
-}
-
-template <typename T>
-__device__ __forceinline__ void stage_row(unsigned char* to, const T* row, int64_t k,
-                                          int64_t in_features, bool vector) {
-  const int valid =
-      row == nullptr ? 0 : static_cast<int>(max(int64_t{0}, min(in_features - k, int64_t{8})));
-  if (vector) {
-    device::copy_async_16(to, valid > 0 ? row + k : row, 2 * valid);
-  } else {
-    device::Chunk<T, 8> chunk;
-    device::load_scalars(chunk, row + k, valid);
-    *reinterpret_cast<device::Chunk<T, 8>*>(to) = chunk;
-  }
-}
-
-template <typename T, int kRows>
-__global__ void __launch_bounds__(kThreads, kRows <= 64    ? 3
-                                            : kRows <= 128 ? 2
-                                                           : 1)
-    shrink_kernel(const __grid_constant__ ShrinkParams p, int cluster, bool vector_x,
-                  bool vector_a) {
+template <typename T, int kRows, bool kVector>
+__device__ __forceinline__ void shrink_body(const ShrinkParams& p, const Tile& tile, int rank,
+                                            int cluster, unsigned char* shared) {
   using Traits = ShrinkTraits<kRows>;
-  constexpr int kStages = Traits::kStages;
-  constexpr int kLoads = kRows / 32;      // rows of A that a thread copies
+  constexpr int kStages = Traits::kStages, kStepK = Traits::kStepK;
+  constexpr int kLoadsX = kWideTileTokens / Traits::kRowsPerRound,
+                kLoadsA = kRows / Traits::kRowsPerRound;
   constexpr int kBlocks = kRows / 2 / 8;  // 8-column blocks of a warp
-  extern __shared__ __align__(128) unsigned char shared[];
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int member = blockIdx.x % cluster;
-
-  device::grid_dependency_wait();
-  device::grid_dependency_launch();
-  const Tile tile = p.plan.wide_tiles[blockIdx.x / cluster];
-  if (tile.slot < 0) {
-    return;  // the whole cluster alike
-  }
-  const int rank = min(p.ranks[tile.slot], p.max_rank);
+  const int member = blockIdx.x % cluster, first_column = blockIdx.y * kRows;
   const int columns = rank * p.num_slices;  // columns of xa in use
-  const int first_column = blockIdx.y * kRows;
-  if (rank <= 0 || first_column >= columns) {
-    return;
-  }
-  const float scaling = p.scalings[tile.slot];
 
-  // The rows that this thread copies: fixed over K.
-  const int chunk = thread % 8, row = thread / 8;
-  const T* x_rows[2];
+  const int in_features = static_cast<int>(p.in_features);
+  const int steps = (in_features + kStepK - 1) / kStepK;
+  const int step_begin = steps * member / cluster,
+            num_steps = steps * (member + 1) / cluster - step_begin;
+
+  // The rows that this thread copies are fixed over K: only a pointer moves.
+  const int chunk = thread % Traits::kChunks, row = thread / Traits::kChunks;
+  int k = step_begin * kStepK + chunk * 8;
+  const T* x_rows[kLoadsX];
+  bool has_x[kLoadsX];
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int t = row + 32 * i;
-    x_rows[i] = t < tile.count
-                    ? static_cast<const T*>(p.x) + p.plan.permutation[tile.start + t] * p.x_stride
-                    : nullptr;
+  for (int i = 0; i < kLoadsX; ++i) {
+    const int t = row + Traits::kRowsPerRound * i;
+    const int64_t id = t < tile.count ? p.plan.permutation[tile.start + t] : p.num_tokens;
+    has_x[i] = id < p.num_tokens;
+    x_rows[i] = static_cast<const T*>(p.x) + (has_x[i] ? id * p.x_stride : 0) + k;
   }
-  const T* a_rows[kLoads];
-  bool a_is_vector = vector_a;
+  const T* a_rows[kLoadsA];
+  bool has_a[kLoadsA];
 #pragma unroll
-  for (int i = 0; i < kLoads; ++i) {
-    const int column = first_column + row + 32 * i;
-    a_rows[i] = nullptr;
-    if (column < columns) {
-      const int slice = column / rank;
-      a_rows[i] = static_cast<const T*>(p.a.base[slice]) +
-                  p.a.row_offset(tile.slot, slice, rank, column % rank);
-      a_is_vector &= device::is_aligned(a_rows[i], 16);
+  for (int i = 0; i < kLoadsA; ++i) {
+    const int column = first_column + row + Traits::kRowsPerRound * i;
+    has_a[i] = column < columns;
+    const int slice = has_a[i] ? column / rank : 0;
+    a_rows[i] = static_cast<const T*>(p.a.base[slice]) +
+                p.a.row_offset(tile.slot, slice, rank, has_a[i] ? column % rank : 0) + k;
+  }
+  const auto copy = [&](unsigned char* to, const T* from, bool exists) {
+    if constexpr (kVector) {  // a source size of 0 reads nothing and writes zeros
+      device::copy_async_16(to, from, exists && k < in_features ? 16 : 0);
+    } else {
+      device::Chunk<T, 8> values;
+      device::load_scalars(values, from, exists ? in_features - k : 0);
+      *reinterpret_cast<device::Chunk<T, 8>*>(to) = values;
     }
-  }
-
-  const int64_t steps = (p.in_features + kStepK - 1) / kStepK;
-  const int64_t step_begin = steps * member / cluster, step_end = steps * (member + 1) / cluster;
-  const auto stage = [&](int64_t step) {
-    if (step < step_end) {
-      unsigned char* x_stage = shared + (step - step_begin) % kStages * Traits::kStageBytes;
+  };
+  int staged = 0;
+  const auto stage = [&] {
+    if (staged < num_steps) {
+      unsigned char* x_stage = shared + staged % kStages * Traits::kStageBytes;
       unsigned char* a_stage = x_stage + kWideTileTokens * kStepK * 2;
-      const int64_t k = step * kStepK + chunk * 8;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        stage_row(x_stage + swizzled(row + 32 * i, chunk), x_rows[i], k, p.in_features,
-                  vector_x && x_rows[i] != nullptr);
+      for (int i = 0; i < kLoadsX; ++i) {
+        copy(x_stage + Traits::at(row + Traits::kRowsPerRound * i, chunk), x_rows[i], has_x[i]);
+        x_rows[i] += kStepK;
       }
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        stage_row(a_stage + swizzled(row + 32 * i, chunk), a_rows[i], k, p.in_features,
-                  a_is_vector && a_rows[i] != nullptr);
+      for (int i = 0; i < kLoadsA; ++i) {
+        copy(a_stage + Traits::at(row + Traits::kRowsPerRound * i, chunk), a_rows[i], has_a[i]);
+        a_rows[i] += kStepK;
       }
+      k += kStepK;
+      ++staged;
     }
     device::copy_async_commit();
   };
@@ -123,26 +110,27 @@ __global__ void __launch_bounds__(kThreads, kRows <= 64    ? 3
   const int warp_token = warp / 2 * 16, warp_column = warp % 2 * (kRows / 2);
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) {
-    stage(step_begin + s);
+    stage();
   }
-  for (int64_t step = step_begin; step < step_end; ++step) {
+  for (int step = 0; step < num_steps; ++step) {
     device::copy_async_wait<kStages - 2>();
     __syncthreads();  // this step's data are there, and every warp is done with the stage that is
                       // filled next
-    stage(step + kStages - 1);
-    const unsigned char* x_stage = shared + (step - step_begin) % kStages * Traits::kStageBytes;
+    stage();
+    const unsigned char* x_stage = shared + step % kStages * Traits::kStageBytes;
     const unsigned char* a_stage = x_stage + kWideTileTokens * kStepK * 2;
-    if (warp_token < tile.count) {
+    if (warp_token < tile.count && first_column + warp_column < columns) {
 #pragma unroll
       for (int kk = 0; kk < kStepK / 16; ++kk) {
         uint32_t tokens[4];
-        device::ldmatrix_x4(tokens, x_stage + swizzled(warp_token + lane % 16, kk * 2 + lane / 16));
+        device::ldmatrix_x4(tokens,
+                            x_stage + Traits::at(warp_token + lane % 16, kk * 2 + lane / 16));
 #pragma unroll
         for (int n = 0; n < kBlocks; n += 2) {
           uint32_t weights[4];
           device::ldmatrix_x4(weights,
-                              a_stage + swizzled(warp_column + 8 * n + lane / 16 * 8 + lane % 8,
-                                                 kk * 2 + lane / 8 % 2));
+                              a_stage + Traits::at(warp_column + 8 * n + lane / 16 * 8 + lane % 8,
+                                                   kk * 2 + lane / 8 % 2));
           device::mma<T>(acc[n], tokens[0], tokens[1], tokens[2], tokens[3], weights[0],
                          weights[1]);
           device::mma<T>(acc[n + 1], tokens[0], tokens[1], tokens[2], tokens[3], weights[2],
@@ -165,8 +153,9 @@ __global__ void __launch_bounds__(kThreads, kRows <= 64    ? 3
       *reinterpret_cast<float2*>(to) = make_float2(acc[n][2 * h], acc[n][2 * h + 1]);
     }
   }
+  const bool joined = cluster > 1;
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  if (cluster > 1) {
+  if (joined) {
     device::cluster_arrive();
     device::cluster_wait();
   } else {
@@ -177,20 +166,23 @@ __global__ void __launch_bounds__(kThreads, kRows <= 64    ? 3
 #endif
   // Members share the tokens; each adds up all members' sums for its own, in the order of the
   // cluster.
+  const float scaling = p.scalings[tile.slot];
   const int used = min(columns - first_column, kRows);
   constexpr int kQuads = kRows / 4;
   for (int i = thread; i < kWideTileTokens / cluster * kQuads; i += kThreads) {
     const int t = i / kQuads * cluster + member, column = i % kQuads * 4;
-    if (t >= tile.count || column >= used) {
+    const int64_t id =
+        t < tile.count && column < used ? p.plan.permutation[tile.start + t] : p.num_tokens;
+    if (id >= p.num_tokens) {
       continue;
     }
     const float* from = sums + t * Traits::kSumStride + column;
     float4 sum = make_float4(0, 0, 0, 0);
-    if (cluster == 1) {
+    if (!joined) {
       sum = *reinterpret_cast<const float4*>(from);
     }
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    if (cluster > 1) {
+    if (joined) {
 #pragma unroll 8
       for (int c = 0; c < cluster; ++c) {
         const float4 next = device::load_peer(device::peer_address(from, c));
@@ -198,8 +190,7 @@ __global__ void __launch_bounds__(kThreads, kRows <= 64    ? 3
       }
     }
 #endif
-    float* to = static_cast<float*>(p.xa) + p.plan.permutation[tile.start + t] * p.xa_stride +
-                first_column + column;
+    float* to = static_cast<float*>(p.xa) + id * p.xa_stride + first_column + column;
     const float values[4] = {sum.x * scaling, sum.y * scaling, sum.z * scaling, sum.w * scaling};
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
@@ -209,11 +200,44 @@ __global__ void __launch_bounds__(kThreads, kRows <= 64    ? 3
     }
   }
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  if (cluster > 1) {
+  if (joined) {
     device::cluster_arrive();  // peers may still be reading this CTA's sums
     device::cluster_wait();
   }
 #endif
+}
+
+// kGeneral: a tile finds out for itself whether its rows allow 16-byte copies, as it must where
+// only the device knows the offsets (flat layout); else the launcher has made sure that they do.
+template <typename T, int kRows, bool kGeneral>
+__global__ void __launch_bounds__(kThreads, kRows <= 128 ? 2 : 1)
+    shrink_kernel(const __grid_constant__ ShrinkParams p, int cluster, bool vector_x) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  device::grid_dependency_wait();
+  device::grid_dependency_launch();
+  const Tile tile = p.plan.wide_tiles[blockIdx.x / cluster];
+  if (tile.slot < 0) {
+    return;  // the whole cluster alike
+  }
+  const int rank = min(p.ranks[tile.slot], p.max_rank);
+  if (rank <= 0 || blockIdx.y * kRows >= rank * p.num_slices) {
+    return;
+  }
+  if constexpr (!kGeneral) {
+    shrink_body<T, kRows, true>(p, tile, rank, cluster, shared);
+  } else {
+    bool vector = vector_x;
+    for (int i = 0; i < p.num_slices; ++i) {
+      vector &= p.a.row_stride[i] % 8 == 0 &&
+                device::is_aligned(
+                    static_cast<const T*>(p.a.base[i]) + p.a.row_offset(tile.slot, i, rank, 0), 16);
+    }
+    if (vector) {
+      shrink_body<T, kRows, true>(p, tile, rank, cluster, shared);
+    } else {
+      shrink_body<T, kRows, false>(p, tile, rank, cluster, shared);
+    }
+  }
 }
 
 // fp32: tensor cores would round x and A to tf32. A block serves one token, a warp one column of xa
@@ -253,9 +277,11 @@ cudaError_t launch_shrink(const ShrinkParams& p, const ShrinkConfig& config) {
   shape.shared_bytes = ShrinkTraits<kRows>::kSharedBytes;
   shape.cluster = config.cluster;
   shape.dependent = !p.fill;  // a memset before it is no kernel
-  return launch_kernel(shrink_kernel<T, kRows>, shape, p.stream, p, config.cluster,
-                       is_multiple(p.x, p.x_stride, 8, 16) && p.in_features % 8 == 0,
-                       is_multiple(p.a, p.num_slices, 8, 16) && p.in_features % 8 == 0);
+  const bool vector_x = is_multiple(p.x, p.x_stride, 8, 16) && p.in_features % 8 == 0;
+  const bool all_vector =
+      vector_x && p.a.slot_offsets == nullptr && is_multiple(p.a, p.num_slices, 8, 16);
+  return launch_kernel(all_vector ? shrink_kernel<T, kRows, false> : shrink_kernel<T, kRows, true>,
+                       shape, p.stream, p, config.cluster, vector_x);
 }
 
 }  // namespace

@@ -67,19 +67,6 @@ void bind_shrink(py::module_& m) {
       "clusters"_a);
 }
 
-void bind_expand(py::module_& m) {
-  py::class_<ExpandConfig>(m, "ExpandConfig")
-      .def_readonly("wide", &ExpandConfig::wide)
-      .def_readonly("columns", &ExpandConfig::columns);
-  m.def(
-      "expand_config",
-      [](int64_t num_tokens, int64_t num_slots, int64_t out_features, int num_slices,
-         int sm_count) {
-        return expand_config({num_tokens, num_slots, out_features, num_slices, sm_count});
-      },
-      py::kw_only(), "num_tokens"_a, "num_slots"_a, "out_features"_a, "num_slices"_a, "sm_count"_a);
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_testing, m) {
@@ -87,5 +74,4 @@ PYBIND11_MODULE(_testing, m) {
   bind_plan(m);
   bind_apply(m);
   bind_shrink(m);
-  bind_expand(m);
 }

@@ -1,22 +1,28 @@
 """Typed functions over ``torch.ops.lora_ext.*``.
 
-Symbols: T tokens of the flattened batch, K input features, S slices of a stacked layer (qkv 3, gate_up 2, else 1),
-N_i output features of slice i, L adapter slots, R the pool's maximum rank, r_l the rank of slot l.
+Symbols: T tokens of the flattened batch, K input features, S slices of a stacked layer (qkv 3,
+gate_up 2, else 1), N_i output features of slice i, L adapter slots, R the pool's maximum rank, r_l
+the rank of slot l.
 
 Arguments that all functions share:
 
 ``plan``
-    int32 ``[plan_size(max_tokens, L)]``, filled by :func:`plan_batch_`; which token uses which slot.
+    int32 ``[plan_size(max_tokens, L)]``, filled by :func:`plan_batch_`; which token uses which
+    slot.
 ``ranks``, ``scalings``
     int32 ``[L]`` and float32 ``[L]``, of the module. A slot of rank 0 has no adapter here.
 ``lora_a``, ``lora_b``
     The module's adapters in one of three layouts, read in place (x, A and B share one dtype):
-    *packed*, one tensor each: A ``[L, S * R, K]`` with slice i of slot l in rows ``i * r_l`` and following, B ``[L, sum N_i, R]``;
-    *per slice*, S tensors each: A_i ``[L, R, K]``, B_i ``[L, N_i, R]``, dimensions of size 1 behind L allowed;
-    *flat*, one 1-D buffer each, with int64 ``[L]`` element offsets: slot l holds A ``[S * r_l, K]`` and B ``[sum N_i, r_l]``.
+    *packed*, one tensor each: A ``[L, S * R, K]`` with slice i of slot l in rows ``i * r_l`` and
+    following, B ``[L, sum N_i, R]``;
+    *per slice*, S tensors each: A_i ``[L, R, K]``, B_i ``[L, N_i, R]``, dimensions of size 1 behind
+    L allowed;
+    *flat*, one 1-D buffer each, with int64 ``[L]`` element offsets: slot l holds A ``[S * r_l, K]``
+    and B ``[sum N_i, r_l]``.
 
-All ops run on the current stream, never synchronise, allocate nothing whose size depends on device data, and raise
-``RuntimeError`` before anything is launched or written. CPU tensors may be float64 as well.
+All ops run on the current stream, never synchronise, allocate nothing whose size depends on device
+data, and raise ``RuntimeError`` before anything is launched or written. CPU tensors may be float64
+as well.
 """
 
 from __future__ import annotations
@@ -54,7 +60,8 @@ def round_up_tokens(max_tokens: int) -> int:
 
 
 def plan_size(max_tokens: int, num_slots: int) -> int:
-    """Elements of the plan tensor for up to ``max_tokens`` tokens and ``num_slots`` slots (see csrc/common/plan.h)."""
+    """Elements of the plan tensor for up to ``max_tokens`` tokens and ``num_slots`` slots (see
+    csrc/common/plan.h)."""
     m = round_up_tokens(max_tokens)
     tiles = 4 * (m // _TILE_TOKENS + num_slots) + 4 * (m // _WIDE_TILE_TOKENS + num_slots)
     return _HEADER_SIZE + tiles + 4 * m + 4 + 2 * num_slots + 4
@@ -65,7 +72,9 @@ def plan_max_tokens(plan: Tensor, num_slots: int) -> int:
     rest = plan.numel() - plan_size(0, num_slots)
     per_block = plan_size(_WIDE_TILE_TOKENS, 0) - plan_size(0, 0)
     if rest < 0 or rest % per_block:
-        raise ValueError(f"plan has {plan.numel()} elements, which is no plan_size(max_tokens, {num_slots})")
+        raise ValueError(
+            f"plan has {plan.numel()} elements, which is no plan_size(max_tokens, {num_slots})"
+        )
     return rest // per_block * _WIDE_TILE_TOKENS
 
 
@@ -77,10 +86,13 @@ def plan_batch_(
     *,
     num_slots: int,
 ) -> None:
-    """Fill ``plan`` in place from int32 ``slots``: per token, or per segment with ``seg_lens [n]`` or ``seg_indptr [n + 1]``.
+    """Fill ``plan`` in place from int32 ``slots``: per token, or per segment with ``seg_lens [n]``
+    or ``seg_indptr [n + 1]``.
 
-    Slot -1 means no adapter. On the CPU bad values raise; on a GPU, where looking would synchronise, a slot out of
-    range counts as -1 and tokens past the plan's capacity are dropped (:class:`lora_ext.LoRABatch` checks on the host).
+    Slot -1 means no adapter. On the CPU bad values raise; on a GPU, where looking would
+    synchronise, a slot out of
+    range counts as -1 and tokens past the plan's capacity are dropped (:class:`lora_ext.LoRABatch`
+    checks on the host).
     """
     _plan_batch_(plan, slots, seg_lens, seg_indptr, num_slots)
 
@@ -96,11 +108,13 @@ def lora_shrink(
     max_rank: int,
     a_offsets: Tensor | None = None,
 ) -> Tensor:
-    """``scaling_l * x A_lᵀ`` per token: x ``[T, K]`` to float32 ``[T, S * R]``, slice i of slot l in columns ``i * r_l`` and following.
+    """``scaling_l * x A_lᵀ`` per token: x ``[T, K]`` to float32 ``[T, S * R]``, slice i of slot l
+    in columns ``i * r_l`` and following.
 
     Columns that no adapter reaches are 0 (float64 result where x is float64).
     """
-    return _lora_shrink(x, lora_a, ranks, scalings, plan, num_slices, max_rank, a_offsets)
+    xa: Tensor = _lora_shrink(x, lora_a, ranks, scalings, plan, num_slices, max_rank, a_offsets)
+    return xa
 
 
 def lora_expand_(
@@ -114,7 +128,8 @@ def lora_expand_(
     max_rank: int,
     b_offsets: Tensor | None = None,
 ) -> None:
-    """``y[:, slice i] += xa_i B_{l,i}ᵀ`` in place; xa float32 ``[T, S * R]`` as :func:`lora_shrink` returns it, y ``[T, >= sum N_i]``.
+    """``y[:, slice i] += xa_i B_{l,i}ᵀ`` in place; xa float32 ``[T, S * R]`` as :func:`lora_shrink`
+    returns it, y ``[T, >= sum N_i]``.
 
     y is read once, added to in float32 and rounded once; rows without an adapter keep their bits.
     """
@@ -137,15 +152,29 @@ def lora_apply_(
     b_offsets: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> None:
-    """``y[t, slice i] += scaling_l (x[t] A_{l,i}ᵀ) B_{l,i}ᵀ`` in place: shrink and expand in one op, the fast path.
+    """``y[t, slice i] += scaling_l (x[t] A_{l,i}ᵀ) B_{l,i}ᵀ`` in place: shrink and expand in one
+    op, the fast path.
 
-    x ``[T, K]``, y ``[T, >= sum N_i]`` (any of the dtypes); rows may be strided. The intermediate is float32.
+    x ``[T, K]``, y ``[T, >= sum N_i]`` (any of the dtypes); rows may be strided. The intermediate
+    is float32.
     ``batch_invariant``: a row's bits do not depend on what else is in the batch.
-    Inference only: raises where autograd would record it; :func:`lora_apply` is the functional form.
+    Inference only: raises where autograd would record it; :func:`lora_apply` is the functional
+    form.
     """
     _refuse_grad("lora_apply_", y, x, *lora_a, *lora_b)
     _lora_apply_(
-        y, x, lora_a, lora_b, ranks, scalings, plan, output_slices, max_rank, a_offsets, b_offsets, batch_invariant
+        y,
+        x,
+        lora_a,
+        lora_b,
+        ranks,
+        scalings,
+        plan,
+        output_slices,
+        max_rank,
+        a_offsets,
+        b_offsets,
+        batch_invariant,
     )
 
 
@@ -165,9 +194,21 @@ def lora_apply(
     batch_invariant: bool = False,
 ) -> Tensor:
     """:func:`lora_apply_` out of place: returns y plus the delta, y is left alone."""
-    return _lora_apply(
-        y, x, lora_a, lora_b, ranks, scalings, plan, output_slices, max_rank, a_offsets, b_offsets, batch_invariant
+    out: Tensor = _lora_apply(
+        y,
+        x,
+        lora_a,
+        lora_b,
+        ranks,
+        scalings,
+        plan,
+        output_slices,
+        max_rank,
+        a_offsets,
+        b_offsets,
+        batch_invariant,
     )
+    return out
 
 
 def lora_embedding(
@@ -182,10 +223,13 @@ def lora_embedding(
 ) -> Tensor:
     """``scaling_l * A_l[:, id]`` per token: int32 or int64 ids ``[T]`` to float32 ``[T, R]``.
 
-    ``lora_a`` is ``[L, R, V]`` with any strides (a transposed ``[L, V, R]`` reads one cache line per token) and covers ids
-    ``vocab_start`` to ``vocab_start + V - 1``; ``extra_a [L, X, R]`` covers the X added tokens behind. Other ids give 0.
+    ``lora_a`` is ``[L, R, V]`` with any strides (a transposed ``[L, V, R]`` reads one cache line
+    per token) and covers ids
+    ``vocab_start`` to ``vocab_start + V - 1``; ``extra_a [L, X, R]`` covers the X added tokens
+    behind. Other ids give 0.
     """
-    return _lora_embedding(ids, lora_a, ranks, scalings, plan, vocab_start, extra_a)
+    xa: Tensor = _lora_embedding(ids, lora_a, ranks, scalings, plan, vocab_start, extra_a)
+    return xa
 
 
 def lora_embedding_apply_(
@@ -200,27 +244,36 @@ def lora_embedding_apply_(
     vocab_start: int = 0,
     extra_a: Tensor | None = None,
 ) -> None:
-    """``y += lora_embedding(ids) B_lᵀ`` in place: y ``[T, N]``, ``lora_b [L, N, R]``; ids as in :func:`lora_embedding`."""
+    """``y += lora_embedding(ids) B_lᵀ`` in place: y ``[T, N]``, ``lora_b [L, N, R]``; ids as in
+    :func:`lora_embedding`."""
     _refuse_grad("lora_embedding_apply_", y, lora_a, lora_b)
     _lora_embedding_apply_(y, ids, lora_a, lora_b, ranks, scalings, plan, vocab_start, extra_a)
 
 
-def moe_lora_info(seg_indptr: Tensor, seg_slots: Tensor, ranks: Tensor, *, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """Token to adapter map ``[num_tokens]`` (-1: none, rank 0, or padding) and enabled flags ``[L]``, both int32.
+def moe_lora_info(
+    seg_indptr: Tensor, seg_slots: Tensor, ranks: Tensor, *, num_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Token to adapter map ``[num_tokens]`` (-1: none, rank 0, or padding) and enabled flags
+    ``[L]``, both int32.
 
-    ``seg_indptr [n + 1]`` and ``seg_slots [n]`` are int32; slot -1 is legal. Every token is written, whatever the segments.
+    ``seg_indptr [n + 1]`` and ``seg_slots [n]`` are int32; slot -1 is legal. Every token is
+    written, whatever the segments.
     """
     result: tuple[Tensor, Tensor] = _moe_lora_info(seg_indptr, seg_slots, ranks, num_tokens)
     return result
 
 
-def moe_lora_info_(token_slots: Tensor, enabled: Tensor, seg_indptr: Tensor, seg_slots: Tensor, ranks: Tensor) -> None:
-    """:func:`moe_lora_info` into given buffers: ``token_slots`` (its whole length, padding included) and ``enabled [L]``."""
+def moe_lora_info_(
+    token_slots: Tensor, enabled: Tensor, seg_indptr: Tensor, seg_slots: Tensor, ranks: Tensor
+) -> None:
+    """:func:`moe_lora_info` into given buffers: ``token_slots`` (its whole length, padding
+    included) and ``enabled [L]``."""
     _moe_lora_info_(token_slots, enabled, seg_indptr, seg_slots, ranks)
 
 
 def _refuse_grad(op: str, *tensors: Tensor) -> None:
-    """In-place custom ops leave no trace in autograd: without this the gradients would be silently wrong."""
+    """In-place custom ops leave no trace in autograd: without this the gradients would be silently
+    wrong."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise RuntimeError(
             f"{op} writes in place and is for inference, but an argument requires grad; "
@@ -237,9 +290,18 @@ def _check(condition: bool, message: str) -> None:
 
 
 def _fake_slots(ranks: Tensor, plan: Tensor, like: Tensor) -> None:
-    _check(ranks.dim() == 1 and ranks.dtype == torch.int32, f"ranks must be a 1-D int32 tensor, got {ranks}")
-    _check(plan.dim() == 1 and plan.dtype == torch.int32, f"plan must be a 1-D int32 tensor, got {plan}")
-    _check(plan.device == like.device, f"plan is on {plan.device}, but the other arguments are on {like.device}")
+    _check(
+        ranks.dim() == 1 and ranks.dtype == torch.int32,
+        f"ranks must be a 1-D int32 tensor, got {ranks}",
+    )
+    _check(
+        plan.dim() == 1 and plan.dtype == torch.int32,
+        f"plan must be a 1-D int32 tensor, got {plan}",
+    )
+    _check(
+        plan.device == like.device,
+        f"plan is on {plan.device}, but the other arguments are on {like.device}",
+    )
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -247,20 +309,34 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def _fake_factors(
-    x: Tensor, lora_a: Sequence[Tensor], num_slices: int, max_rank: int, offsets: Tensor | None, name: str
+    x: Tensor,
+    lora_a: Sequence[Tensor],
+    num_slices: int,
+    max_rank: int,
+    offsets: Tensor | None,
+    name: str,
 ) -> None:
-    _check(1 <= num_slices <= MAX_SLICES, f"num_slices must be between 1 and {MAX_SLICES}, got {num_slices}")
+    _check(
+        1 <= num_slices <= MAX_SLICES,
+        f"num_slices must be between 1 and {MAX_SLICES}, got {num_slices}",
+    )
     _check(1 <= max_rank <= MAX_RANK, f"max_rank must be between 1 and {MAX_RANK}, got {max_rank}")
     _check(
         len(lora_a) in ((1,) if offsets is not None else (1, num_slices)),
-        f"{name} must be one packed tensor or one tensor per slice ({num_slices}), got {len(lora_a)} tensors",
+        f"{name} must be one packed tensor or one tensor per slice ({num_slices}), "
+        f"got {len(lora_a)} tensors",
     )
     for tensor in lora_a:
-        _check(tensor.dtype == x.dtype, f"{name} is {tensor.dtype}, but x, A and B must share one dtype ({x.dtype})")
+        _check(
+            tensor.dtype == x.dtype,
+            f"{name} is {tensor.dtype}, but x, A and B must share one dtype ({x.dtype})",
+        )
 
 
 @torch.library.register_fake("lora_ext::plan_batch_")
-def _(plan: Tensor, slots: Tensor, seg_lens: Tensor | None, seg_indptr: Tensor | None, num_slots: int) -> None:
+def _(
+    plan: Tensor, slots: Tensor, seg_lens: Tensor | None, seg_indptr: Tensor | None, num_slots: int
+) -> None:
     _check(seg_lens is None or seg_indptr is None, "give seg_lens or seg_indptr, not both")
     _check(plan.dtype == torch.int32 and slots.dtype == torch.int32, "plan and slots must be int32")
 
@@ -293,7 +369,10 @@ def _(
     max_rank: int,
     b_offsets: Tensor | None = None,
 ) -> None:
-    _check(y.dim() == 2 and xa.dim() == 2, f"y and xa must be 2-D, got {y.dim()} and {xa.dim()} dimensions")
+    _check(
+        y.dim() == 2 and xa.dim() == 2,
+        f"y and xa must be 2-D, got {y.dim()} and {xa.dim()} dimensions",
+    )
     _fake_slots(ranks, plan, y)
     _check(len(lora_b) > 0, "lora_b is empty")
     _fake_factors(lora_b[0], lora_b, len(output_slices), max_rank, b_offsets, "lora_b")
@@ -313,7 +392,10 @@ def _fake_apply_(
     b_offsets: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> None:
-    _check(y.dim() == 2 and x.dim() == 2, f"y and x must be 2-D, got {y.dim()} and {x.dim()} dimensions")
+    _check(
+        y.dim() == 2 and x.dim() == 2,
+        f"y and x must be 2-D, got {y.dim()} and {x.dim()} dimensions",
+    )
     _fake_slots(ranks, plan, x)
     _fake_factors(x, lora_a, len(output_slices), max_rank, a_offsets, "lora_a")
     _fake_factors(x, lora_b, len(output_slices), max_rank, b_offsets, "lora_b")
@@ -329,7 +411,10 @@ def _(y: Tensor, x: Tensor, *args: object, **kwargs: object) -> Tensor:
 
 
 def _fake_ids(ids: Tensor, lora_a: Tensor, ranks: Tensor, plan: Tensor) -> None:
-    _check(ids.dim() == 1 and ids.dtype in (torch.int32, torch.int64), "ids must be a 1-D int32 or int64 tensor")
+    _check(
+        ids.dim() == 1 and ids.dtype in (torch.int32, torch.int64),
+        "ids must be a 1-D int32 or int64 tensor",
+    )
     _check(lora_a.dim() == 3, f"lora_a must be [L, R, V], got {lora_a.dim()} dimensions")
     _fake_slots(ranks, plan, ids)
 
@@ -364,10 +449,14 @@ def _(
 
 
 @torch.library.register_fake("lora_ext::moe_lora_info")
-def _(seg_indptr: Tensor, seg_slots: Tensor, ranks: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+def _(
+    seg_indptr: Tensor, seg_slots: Tensor, ranks: Tensor, num_tokens: int
+) -> tuple[Tensor, Tensor]:
     return ranks.new_empty((num_tokens,)), ranks.new_empty(ranks.shape)
 
 
 @torch.library.register_fake("lora_ext::moe_lora_info_")
-def _(token_slots: Tensor, enabled: Tensor, seg_indptr: Tensor, seg_slots: Tensor, ranks: Tensor) -> None:
+def _(
+    token_slots: Tensor, enabled: Tensor, seg_indptr: Tensor, seg_slots: Tensor, ranks: Tensor
+) -> None:
     return None
