@@ -168,7 +168,9 @@ def test_a4_lm_head_on_pruned_rows_uses_their_adapters(device: str, in_graph: bo
     layer = Layer.random(4, [80], torch.bfloat16, device)
     backend = layer.backend()
     backend.init_prefill_cuda_graph_batch_info(64, 8)
-    backend.prepare_lora_batch(ForwardBatch.extend(lens), slots, *layer.table(), False, in_graph)
+    prefill, others = ForwardBatch.extend(lens), ([1] * len(RANKS), [9.0] * len(RANKS))
+    backend.prepare_lora_batch(prefill, slots[::-1], *others, False, not in_graph)
+    backend.prepare_lora_batch(prefill, slots, *layer.table(), False, in_graph)
     info = backend.lm_head_batch_info
     assert info is not None and info.expected_tokens == 4 and not info.use_cuda_graph
     layer.check(layer.forward(backend, kind="lm_head", pruned_batch_info=info), slots)

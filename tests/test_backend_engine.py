@@ -38,6 +38,8 @@ def test_a_graph_holds_for_every_later_batch(device: str, phase: str) -> None:
         n = len(slots)
         batch = ForwardBatch.decode(n) if phase == "decode" else ForwardBatch.extend([1] * n)
         backend.prepare_lora_batch(batch, slots, *layer.table(), *flags)
+        assert backend.batch_info is not None
+        backend.batch_info.has_active_lora = False  # which a graph does not look at
 
     prepare([-1] * 16)
     replay = captured(lambda: layer.forward(backend), device)
@@ -206,8 +208,11 @@ def extra_rows(device: str, width: int) -> Tensor:
 @on_devices
 @pytest.mark.parametrize("added", ["none", "columns", "values", "rows"])
 def test_b13_embedding_with_ids_beyond_the_vocabulary(device: str, added: str) -> None:
-    """Added tokens as further columns of A, as values of their own, as rows that replace."""
-    a, b, base = embedding_weights(device, VOCAB + NUM_EXTRA if added == "columns" else VOCAB)
+    """Added tokens as further columns of A, as values of their own, as rows that replace.
+
+    The latter two count although A has further columns.
+    """
+    a, b, base = embedding_weights(device, VOCAB if added == "none" else VOCAB + NUM_EXTRA)
     extra = {"values": extra_rows(device, 16), "rows": extra_rows(device, EMBED)}.get(added)
     ids = torch.tensor([0, 49, 50, 53, 50, 54, 1000, 51, 52, 7], device=device)
     slots = [0, 1, 1, 3, -1, 1, 0, 2, 4, 4]

@@ -163,7 +163,8 @@ class LoRABatchInfo:
         """Refresh the routing of MoE layers, in place."""
         batch = self.batch
         if self._moe is None:
-            self._moe = torch.empty_like(batch.token_slots), torch.empty_like(self.lora_ranks)
+            with torch.inference_mode(False):
+                self._moe = torch.empty_like(batch.token_slots), torch.empty_like(self.lora_ranks)
         token_slots, enabled = self._moe
         segments = min(len(self._weight_indices), token_slots.numel())
         seg_indptr = batch.seg_indptr[: segments + 1]
