@@ -60,6 +60,32 @@ def test_a_graph_holds_for_every_later_batch(device: str, phase: str) -> None:
 
 
 @on_devices
+@torch.no_grad()
+def test_a_layer_compiles_once_for_every_batch_and_number_of_tokens(device: str) -> None:
+    """A graph break, or a read from the device, would fail: fullgraph."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    layer = Layer.random(20, [48, 24, 8], torch.bfloat16, device)
+    backend = layer.backend()
+    backend.init_decode_cuda_graph_batch_info(20, 1)
+
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def forward(x: Tensor, base: Tensor) -> Tensor:
+        return backend.forward_with_base(
+            None, x, lambda: base * 1, layer.a, layer.b, None, layer.offsets
+        )
+
+    for slots in ([0] * 20, [1, 3, 0, -1] * 5, [-1] * 20, [3] * 7, [2, 1], []):
+        batch = ForwardBatch.decode(len(slots))
+        backend.prepare_lora_batch(batch, slots, *layer.table(), True)
+        layer.check(forward(layer.x, layer.base), slots)
+        part = Layer(layer.module, layer.x[:7], layer.base[:7])
+        part.check(forward(part.x, part.base), slots[:7])
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@on_devices
 def test_a_batch_without_adapters_changes_no_bit(device: str) -> None:
     layer = Layer.random(4, [24, 24], torch.bfloat16, device)
     backend = layer.backend()

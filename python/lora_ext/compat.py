@@ -95,7 +95,7 @@ def sgemm_lora_b_fwd(
     ops.lora_expand_(
         output,
         inputs.to(_accumulator_dtype(weights)),
-        [weights[:, : sum(widths)]],
+        [first_rows(weights, sum(widths))],
         batch_info.lora_ranks,
         batch_info.plan,
         output_slices=widths,
@@ -170,6 +170,11 @@ def slice_widths(
     if min(widths) < 0:
         raise ValueError(f"offsets are {values}, expected rising numbers")
     return widths
+
+
+def first_rows(lora_b: Tensor, num_rows: int) -> Tensor:
+    """Return B ``[L, num_rows, R]``: a pool may have more rows than the slices of a layer."""
+    return lora_b if lora_b.shape[1] == num_rows else lora_b[:, :num_rows]
 
 
 def _accumulator_dtype(weights: Tensor) -> torch.dtype:

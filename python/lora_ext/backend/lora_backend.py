@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..compat import (
+    first_rows,
     sgemm_lora_a_embedding_fwd,
     sgemm_lora_a_fwd,
     sgemm_lora_b_fwd,
@@ -261,7 +262,7 @@ class LoRABackend(BatchPreparation):
                 output,
                 x.to(lora_b.dtype),
                 [lora_a],
-                [lora_b[:, : sum(widths)]],
+                [first_rows(lora_b, sum(widths))],
                 info.lora_ranks,
                 info.scalings,
                 info.plan,
