@@ -106,6 +106,7 @@ def test_a9_nothing_waits_for_the_device() -> None:
     backend = layer.backend(logprobs_chunk_size=4)
     backend.is_moe_lora = True
     backend.init_decode_cuda_graph_batch_info(12, 1)
+    ranks, scalings = layer.table()
 
     def step() -> None:
         for batch, in_graph in (
@@ -113,7 +114,7 @@ def test_a9_nothing_waits_for_the_device() -> None:
             (ForwardBatch.decode(12), True),
             (ForwardBatch.extend([1] * 12, logprob_starts=[0] * 12), False),
         ):
-            backend.prepare_lora_batch(batch, [0, 1, -1] * 4, *layer.table(), in_graph)
+            backend.prepare_lora_batch(batch, [0, 1, -1] * 4, ranks, scalings, in_graph)
             layer.forward(backend)
             backend.run_lora_a_embedding(ids, table[0], VOCAB)
             backend.run_extra_token_embedding(ids, embedded, extra, VOCAB)

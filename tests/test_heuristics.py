@@ -106,3 +106,10 @@ def test_the_shrink_covers_its_rows(**shape: int) -> None:
     config = testing.shrink_config(**shape)
     assert config.rows == 256 or shape["rows"] <= config.rows in (32, 64, 128)
     assert config.cluster in ((1, 2, 4, 8, 16) if shape["clusters"] else (1,))
+
+
+@given(num_slots=SLOTS, out_features=FEATURES, sm_count=SM_COUNTS)
+def test_the_expand_is_narrow_for_small_batches_only(**shape: int) -> None:
+    narrow = [testing.expand_is_narrow(num_tokens=2**i, **shape) for i in range(24)]
+    assert narrow == sorted(narrow, reverse=True)
+    assert not narrow[-1]

@@ -3,19 +3,17 @@
 // A cluster of C CTAs serves one (tile of up to 16 tokens, slice). Each CTA contracts its part of
 // K, the partial products meet through distributed shared memory in fixed order, and each CTA
 // expands its part of N. Per CTA:
-//   1. everything that needs no other result is put in flight at once: B and y of each warp's first
-//   64 columns, by
-//      asynchronous copies to where the same lane will read them (no registers held, no barrier
-//      needed);
+//   1. What needs no other result is put in flight at once: B and y of each warp's first 64
+//      columns, by asynchronous copies to where the same lane will read them (no registers held, no
+//      barrier needed).
 //   2. x A^T over its K range: the weights are the 16-row operand of the mma and the tokens the
-//   8-column one, so that a tile
-//      of one token wastes no weight bandwidth; 16-byte loads straight from global memory to the
-//      tensor cores;
-//   3. sum over warps in shared memory, cluster barrier, sum over CTAs: xa in fp32, scaled, then
-//   split into two 16-bit
-//      halves for the tensor cores;
+//      8-column one, so that a tile of one token wastes no weight bandwidth; 16-byte loads straight
+//      from global memory to the tensor cores.
+//   3. The sum over warps goes into the shared memory of every CTA of the cluster (stores do not
+//      wait, loads would), and behind the barrier each adds up all of them: xa in fp32, scaled,
+//      then split into two 16-bit halves for the tensor cores.
 //   4. xa B^T, 64 columns of y a warp at a time; y is read once, added to in fp32, rounded once.
-// Weights are read once per tile, at their true rank. Order of every sum is fixed: same inputs,
+// Weights are read once per tile, at their true rank. The order of every sum is fixed: same inputs,
 // same bits. A CTA lives for a few microseconds, so instructions count as much as bytes: what is
 // not aligned to 16 bytes takes a second copy of the body (kVector false) instead of branches in
 // the first.
@@ -29,21 +27,21 @@ namespace lora_ext::cuda {
 
 constexpr int kFusedWarps = 8;
 constexpr int kFusedThreads = 32 * kFusedWarps;
-constexpr int kPartialStride =
-    20;  // floats between rows of 16 tokens: float2 stores of a half-warp hit distinct banks
-constexpr int kUnitColumns =
-    64;  // columns of y that a warp updates at a time: 8 lanes of 16 bytes for each token
+// Floats between rows of 16 tokens: float2 stores of a half-warp hit distinct banks.
+constexpr int kPartialStride = 20;
+// Columns of y that a warp updates at a time: 8 lanes of 16 bytes for each token.
+constexpr int kUnitColumns = 64;
 constexpr int kCached = 256;  // tokens and slots whose metadata is fetched before the tile is known
 
 // kRowBlocks: blocks of 16 ranks that a warp computes, 1 for pools of rank up to 16, else 2.
 template <int kRowBlocks>
 struct FusedTraits {
   static constexpr int kRows = 16 * kRowBlocks;
-  static constexpr int kSteps =
-      kRowBlocks == 1 ? 2 : 1;  // 32-wide K steps whose loads are in flight together
+  // 32-wide K steps whose loads are in flight together: as many as the registers hold.
+  static constexpr int kSteps = 3;
   static constexpr int kChunk = 4 * kRowBlocks;  // neighbouring ranks of B that a lane holds
   static constexpr int kSpan = 4 * kChunk;       // ranks of one expand step
-  static constexpr int kMinBlocks = kRowBlocks == 1 ? 4 : 2;
+  static constexpr int kMinBlocks = kRowBlocks == 1 ? 3 : 2;
 };
 
 // Partial sums are pushed to all CTAs of the cluster while they fit here; wide ranks are pulled
@@ -61,8 +59,8 @@ LORA_EXT_HOST_DEVICE FusedShared fused_shared(int max_rank, int cluster) {
   using Traits = FusedTraits<kRowBlocks>;
   const int rank = (max_rank + 31) / 32 * 32;
   const int partial = kFusedWarps * Traits::kRows * kPartialStride * 4;
-  const int halves =
-      2 * 16 * (rank + 8) * 2;  // xa takes the place of the partial sums once those are summed
+  // xa takes the place of the partial sums once those are summed.
+  const int halves = 2 * 16 * (rank + 8) * 2;
   FusedShared at{};
   at.b = 128 + 3 * kCached * 4;
   at.y = at.b + kFusedThreads * 8 * Traits::kChunk * 2;

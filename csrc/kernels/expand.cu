@@ -1,11 +1,11 @@
 // y += xa B^T for tiles of tokens of one slot: what moves is y, read and written once.
 //
-// A CTA serves one (tile of 64 tokens, slice) and 512 columns (256 where ranks are wide), 64 of
-// them a warp. As in the fused kernel the weights are the 16-row operand and eight neighbouring
-// columns of y fall to one lane, so that a warp reads and writes whole 128-byte lines. The warp
-// keeps its weights while the tile's tokens pass, 16 at a time; their y is on its way two rounds
-// ahead (cp.async to where the same lane will read it, so no barrier is needed). xa is split into
-// two 16-bit halves in shared memory once.
+// A CTA serves one (tile of 64 tokens, slice) and 512 columns (fewer where ranks are wide or CTAs
+// are few), 64 of them a warp. As in the fused kernel the weights are the 16-row operand and eight
+// neighbouring columns of y fall to one lane, so that a warp reads and writes whole 128-byte lines.
+// The warp keeps its weights while the tile's tokens pass, 16 at a time; their y is on its way two
+// rounds ahead (cp.async to where the same lane will read it, so no barrier is needed). xa is split
+// into two 16-bit halves in shared memory once.
 #include "common/ptx.cuh"
 #include "common/vec.cuh"
 #include "kernels/heuristics.h"
@@ -23,7 +23,7 @@ constexpr int kBuffers = 3;  // rounds of y in shared memory: one in use, two on
 // kChunk: neighbouring ranks that a lane holds, 4 for pools of rank up to 16, else 8. Weights of up
 // to kStaged steps of ranks stay in shared memory; a slot of a higher rank reads them again for
 // each round.
-template <typename Y, int kChunk>
+template <typename Y, int kChunk, int kWarpCount>
 struct ExpandShared {
   static constexpr int kWarps =
       kChunk == 4 ? 8 : 4;  // wider ranks need more shared memory for each warp
@@ -48,11 +48,15 @@ struct ExpandShared {
   }
 };
 
-template <typename T, typename Y, int kChunk, bool kVector>
+LORA_EXT_HOST_DEVICE inline int expand_blocks(const Slices& slices, int slice, int columns) {
+  return (slices.offset[slice + 1] - slices.offset[slice] + columns - 1) / columns;
+}
+
+template <typename T, typename Y, int kChunk, int kWarps, bool kVector>
 __device__ __forceinline__ void expand_body(const ExpandParams& p, const Tile& tile, int rank,
-                                            bool after_shrink, unsigned char* shared) {
-  using Shared = ExpandShared<Y, kChunk>;
-  constexpr int kSpan = Shared::kSpan, kWarps = Shared::kWarps, kThreads = Shared::kThreads;
+                                            int slice, int block, unsigned char* shared) {
+  using Shared = ExpandShared<Y, kChunk, kWarps>;
+  constexpr int kSpan = Shared::kSpan, kThreads = Shared::kThreads;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4,
             q = lane % 4;
   const int num_staged = Shared::staged(p.max_rank), xa_tokens = Shared::tokens(p.max_rank);
@@ -67,9 +71,9 @@ __device__ __forceinline__ void expand_body(const ExpandParams& p, const Tile& t
                                     kBuffers * Shared::kRoundBytes);  // [xa_tokens][xa_stride]
   T* xa_low = xa_high + xa_tokens * xa_stride;
 
-  const int slice = blockIdx.z, first_column = p.slices.offset[slice];
+  const int first_column = p.slices.offset[slice];
   const int width = p.slices.offset[slice + 1] - first_column;
-  const int column = blockIdx.y * Shared::kColumns + warp * kUnitColumns + 8 * g;
+  const int column = block * Shared::kColumns + warp * kUnitColumns + 8 * g;
   const int64_t b_stride = p.b.stride(slice, rank);
   const T* b = static_cast<const T*>(p.b.base[slice]) + p.b.row_offset(tile.slot, slice, rank, 0) +
                column * b_stride;
@@ -126,7 +130,7 @@ __device__ __forceinline__ void expand_body(const ExpandParams& p, const Tile& t
   }
   stage_y(0);
   stage_y(1);
-  if (after_shrink) {
+  if (p.after_shrink) {
     device::grid_dependency_wait();  // xa is all that the kernel before has written
   }
 
@@ -269,20 +273,28 @@ __device__ __forceinline__ void expand_body(const ExpandParams& p, const Tile& t
 // after_shrink: the kernel before in the stream is the shrink of the same call, which has itself
 // waited for all that came before it; so only xa is yet to come, and all else may be fetched while
 // the shrink is at work.
-template <typename T, typename Y, int kChunk, bool kGeneral>
-__global__ void __launch_bounds__(ExpandShared<Y, kChunk>::kThreads, 3)
-    expand_kernel(const __grid_constant__ ExpandParams p, bool vector_y) {
-  using Shared = ExpandShared<Y, kChunk>;
+template <typename T, typename Y, int kChunk, int kWarps, bool kGeneral>
+__global__ void __launch_bounds__(ExpandShared<Y, kChunk, kWarps>::kThreads, 3)
+    expand_kernel(const __grid_constant__ ExpandParams p, unsigned blocks_per_tile, bool vector_y) {
+  using Shared = ExpandShared<Y, kChunk, kWarps>;
   extern __shared__ __align__(128) unsigned char shared[];
   int* token_ids = reinterpret_cast<int*>(shared);
   if (!p.after_shrink) {
     device::grid_dependency_wait();
   }
   device::grid_dependency_launch();
-  const Tile tile = p.plan.wide_tiles[blockIdx.x];
-  const int slice = blockIdx.z;
-  if (tile.slot < 0 ||
-      blockIdx.y * Shared::kColumns >= p.slices.offset[slice + 1] - p.slices.offset[slice]) {
+  // Blocks of one tile come one behind the other: together they cover whole rows of y, which DRAM
+  // serves better than the same columns of many rows.
+  const Tile tile = p.plan.wide_tiles[blockIdx.x / blocks_per_tile];
+  int slice = 0, block = static_cast<int>(blockIdx.x % blocks_per_tile);
+  for (; slice < p.slices.count - 1; ++slice) {
+    const int blocks = expand_blocks(p.slices, slice, Shared::kColumns);
+    if (block < blocks) {
+      break;
+    }
+    block -= blocks;
+  }
+  if (tile.slot < 0) {
     return;
   }
   const int rank = min(p.ranks[tile.slot], p.max_rank);
@@ -296,13 +308,13 @@ __global__ void __launch_bounds__(ExpandShared<Y, kChunk>::kThreads, 3)
     return;
   }
   if constexpr (!kGeneral) {
-    expand_body<T, Y, kChunk, true>(p, tile, rank, p.after_shrink, shared);
+    expand_body<T, Y, kChunk, kWarps, true>(p, tile, rank, slice, block, shared);
   } else {
     const T* b = static_cast<const T*>(p.b.base[slice]) + p.b.row_offset(tile.slot, slice, rank, 0);
     if (vector_y && p.b.stride(slice, rank) % kChunk == 0 && device::is_aligned(b, 2 * kChunk)) {
-      expand_body<T, Y, kChunk, true>(p, tile, rank, p.after_shrink, shared);
+      expand_body<T, Y, kChunk, kWarps, true>(p, tile, rank, slice, block, shared);
     } else {
-      expand_body<T, Y, kChunk, false>(p, tile, rank, p.after_shrink, shared);
+      expand_body<T, Y, kChunk, kWarps, false>(p, tile, rank, slice, block, shared);
     }
   }
 }
@@ -335,28 +347,28 @@ __global__ void __launch_bounds__(kFloatThreads)
   }
 }
 
-template <typename T, typename Y, int kChunk>
+template <typename T, typename Y, int kChunk, int kWarps>
 cudaError_t launch_expand(const ExpandParams& p) {
-  using Shared = ExpandShared<Y, kChunk>;
-  int width = 0;
+  using Shared = ExpandShared<Y, kChunk, kWarps>;
+  unsigned blocks_per_tile = 0;
   bool vector_y = is_multiple(p.y, p.y_stride, 8, 16);
   for (int i = 0; i < p.slices.count; ++i) {
-    width = max(width, p.slices.offset[i + 1] - p.slices.offset[i]);
+    blocks_per_tile += expand_blocks(p.slices, i, Shared::kColumns);
     vector_y &= p.slices.offset[i + 1] % 8 == 0;
   }
   const bool all_vector = vector_y && p.b.slot_offsets == nullptr &&
                           is_multiple(p.b, p.slices.count, kChunk, 2 * kChunk);
   LaunchShape shape{};
   shape.grid =
-      dim3(static_cast<unsigned>(max_tiles(p.num_tokens, p.plan.num_slots, kWideTileTokens)),
-           static_cast<unsigned>(ceil_div(width, Shared::kColumns)), p.slices.count);
+      dim3(static_cast<unsigned>(max_tiles(p.num_tokens, p.plan.num_slots, kWideTileTokens)) *
+           blocks_per_tile);
   shape.threads = Shared::kThreads;
   shape.shared_bytes = Shared::bytes(p.max_rank);
   shape.cluster = 1;
   shape.dependent = true;
-  return launch_kernel(
-      all_vector ? expand_kernel<T, Y, kChunk, false> : expand_kernel<T, Y, kChunk, true>, shape,
-      p.stream, p, vector_y);
+  return launch_kernel(all_vector ? expand_kernel<T, Y, kChunk, kWarps, false>
+                                  : expand_kernel<T, Y, kChunk, kWarps, true>,
+                       shape, p.stream, p, blocks_per_tile, vector_y);
 }
 
 }  // namespace
@@ -377,10 +389,16 @@ int expand(const ExpandParams& p) {
     }
     return cudaGetLastError();
   }
+  const bool narrow =
+      expand_is_narrow(p.num_tokens, p.plan.num_slots, p.slices.offset[p.slices.count],
+                       device_properties().sm_count);
   return dispatch_half_output(p.dtype, p.y_dtype, [&](auto t, auto y) {
     using T = typename decltype(t)::type;
     using Y = typename decltype(y)::type;
-    return p.max_rank <= 16 ? launch_expand<T, Y, 4>(p) : launch_expand<T, Y, 8>(p);
+    if (p.max_rank <= 16) {
+      return narrow ? launch_expand<T, Y, 4, 2>(p) : launch_expand<T, Y, 4, 8>(p);
+    }
+    return narrow ? launch_expand<T, Y, 8, 2>(p) : launch_expand<T, Y, 8, 4>(p);
   });
 }
 

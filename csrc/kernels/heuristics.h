@@ -72,10 +72,10 @@ inline int64_t resident_blocks(int sm_count, int per_sm, int cluster) {
   return cluster == 1 ? int64_t{sm_count} * per_sm : int64_t{sm_count} * per_sm * 3 / 4;
 }
 
-// CTAs of the fused kernel on one SM: registers allow four for narrow ranks and two for wide ones,
+// CTAs of the fused kernel on one SM: registers allow three for narrow ranks and two for wide ones,
 // shared memory one where the cluster's partial sums take more than 32 KB.
 inline int fused_blocks_per_sm(int max_rank, int cluster) {
-  return max_rank <= 16 ? 4 : cluster * max_rank * 64 <= 32 * 1024 ? 2 : 1;
+  return max_rank <= 16 ? 3 : cluster * max_rank * 64 <= 32 * 1024 ? 2 : 1;
 }
 
 // The cluster splits K: more CTAs mean more loads in flight for few tiles. All CTAs should be
@@ -131,6 +131,15 @@ inline ShrinkConfig shrink_config(const ShrinkShape& s) {
     config.cluster *= 2;
   }
   return config;
+}
+
+// The expand's CTAs get two warps instead of four or eight where there would else be fewer of them
+// than SMs: a small batch is all latency, and more CTAs have more loads in flight.
+inline bool expand_is_narrow(int64_t num_tokens, int64_t num_slots, int64_t out_features,
+                             int sm_count) {
+  constexpr int64_t kColumns = 512;
+  return likely_tiles(num_tokens, num_slots, kWideTileTokens) * ceil_div(out_features, kColumns) <
+         sm_count;
 }
 
 }  // namespace lora_ext

@@ -67,6 +67,11 @@ void bind_shrink(py::module_& m) {
       "clusters"_a);
 }
 
+void bind_expand(py::module_& m) {
+  m.def("expand_is_narrow", &expand_is_narrow, py::kw_only(), "num_tokens"_a, "num_slots"_a,
+        "out_features"_a, "sm_count"_a);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_testing, m) {
@@ -74,4 +79,5 @@ PYBIND11_MODULE(_testing, m) {
   bind_plan(m);
   bind_apply(m);
   bind_shrink(m);
+  bind_expand(m);
 }
