@@ -22,8 +22,9 @@ ApplyConfig config_of(const ApplyParams& p) {
 }
 
 template <typename T, typename Y, int kRowBlocks>
-cudaError_t launch_fused(const ApplyParams& p, int cluster) {
-  constexpr int kChunk = FusedTraits<kRowBlocks>::kChunk;
+cudaError_t launch_fused(const ApplyParams& p, const ApplyConfig& config) {
+  const int cluster = config.cluster;
+  constexpr int kChunk = FusedTraits<kRowBlocks, false>::kChunk;
   bool vector_x_y = is_multiple(p.x, p.x_stride, 8, 16) && p.in_features % 8 == 0 &&
                     is_multiple(p.y, p.y_stride, 8, 16);
   for (int i = 0; i <= p.slices.count; ++i) {
@@ -71,16 +72,17 @@ cudaError_t launch_fused(const ApplyParams& p, int cluster) {
   shape.shared_bytes = fused_shared<Y, kRowBlocks>(p.max_rank, cluster).bytes;
   shape.cluster = cluster;
   shape.dependent = true;
-  return launch_kernel(all_vector ? apply_fused_kernel<T, Y, kRowBlocks, false>
-                                  : apply_fused_kernel<T, Y, kRowBlocks, true>,
-                       shape, p.stream, f);
+  const auto kernel = !all_vector   ? apply_fused_kernel<T, Y, kRowBlocks, false, true>
+                      : config.deep ? apply_fused_kernel<T, Y, kRowBlocks, true, false>
+                                    : apply_fused_kernel<T, Y, kRowBlocks, false, false>;
+  return launch_kernel(kernel, shape, p.stream, f);
 }
 
-cudaError_t apply_fused(const ApplyParams& p, int cluster) {
+cudaError_t apply_fused(const ApplyParams& p, const ApplyConfig& config) {
   return dispatch_half_output(p.dtype, p.y_dtype, [&](auto t, auto y) {
     using T = typename decltype(t)::type;
     using Y = typename decltype(y)::type;
-    return p.max_rank <= 16 ? launch_fused<T, Y, 1>(p, cluster) : launch_fused<T, Y, 2>(p, cluster);
+    return p.max_rank <= 16 ? launch_fused<T, Y, 1>(p, config) : launch_fused<T, Y, 2>(p, config);
   });
 }
 
@@ -93,7 +95,7 @@ int64_t apply_workspace(const ApplyParams& params) {
 int apply(const ApplyParams& p) {
   const ApplyConfig config = config_of(p);
   if (config.fused) {
-    return apply_fused(p, config.cluster);
+    return apply_fused(p, config);
   }
   ShrinkParams down{};
   down.x = p.x;

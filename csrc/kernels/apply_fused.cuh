@@ -34,14 +34,15 @@ constexpr int kUnitColumns = 64;
 constexpr int kCached = 256;  // tokens and slots whose metadata is fetched before the tile is known
 
 // kRowBlocks: blocks of 16 ranks that a warp computes, 1 for pools of rank up to 16, else 2.
-template <int kRowBlocks>
+// kDeep: for launches that leave an SM to one CTA, which may then use all registers for loads.
+template <int kRowBlocks, bool kDeep>
 struct FusedTraits {
   static constexpr int kRows = 16 * kRowBlocks;
   // 32-wide K steps whose loads are in flight together: as many as the registers hold.
-  static constexpr int kSteps = 3;
+  static constexpr int kSteps = kDeep ? 7 : 3;
   static constexpr int kChunk = 4 * kRowBlocks;  // neighbouring ranks of B that a lane holds
   static constexpr int kSpan = 4 * kChunk;       // ranks of one expand step
-  static constexpr int kMinBlocks = kRowBlocks == 1 ? 3 : 2;
+  static constexpr int kMinBlocks = kDeep ? 1 : kRowBlocks == 1 ? 3 : 2;
 };
 
 // Partial sums are pushed to all CTAs of the cluster while they fit here; wide ranks are pulled
@@ -56,7 +57,7 @@ struct FusedShared {  // byte offsets
 };
 template <typename Y, int kRowBlocks>
 LORA_EXT_HOST_DEVICE FusedShared fused_shared(int max_rank, int cluster) {
-  using Traits = FusedTraits<kRowBlocks>;
+  using Traits = FusedTraits<kRowBlocks, false>;
   const int rank = (max_rank + 31) / 32 * 32;
   const int partial = kFusedWarps * Traits::kRows * kPartialStride * 4;
   // xa takes the place of the partial sums once those are summed.
@@ -138,11 +139,11 @@ __device__ __forceinline__ void stage_rows(T* to, const T* row, int64_t stride, 
   }
 }
 
-template <typename T, typename Y, int kRowBlocks, bool kVector>
+template <typename T, typename Y, int kRowBlocks, bool kDeep, bool kVector>
 __device__ __forceinline__ void fused_body(const FusedParams& p, const FusedWork<T>& work,
                                            unsigned char* shared) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  using Traits = FusedTraits<kRowBlocks>;
+  using Traits = FusedTraits<kRowBlocks, kDeep>;
   constexpr int kChunk = Traits::kChunk, kSpan = Traits::kSpan;
   const FusedShared at = fused_shared<Y, kRowBlocks>(p.max_rank, p.cluster);
   const bool pushes = fused_pushes(p.max_rank, p.cluster);
@@ -434,8 +435,9 @@ __device__ __forceinline__ void fused_body(const FusedParams& p, const FusedWork
 // kGeneral: a tile finds out for itself whether its rows allow vector accesses, as it must where
 // only the device knows the offsets and ranks (flat layouts); else the launcher has made sure that
 // they do.
-template <typename T, typename Y, int kRowBlocks, bool kGeneral>
-__global__ void __launch_bounds__(kFusedThreads, kGeneral ? 2 : FusedTraits<kRowBlocks>::kMinBlocks)
+template <typename T, typename Y, int kRowBlocks, bool kDeep, bool kGeneral>
+__global__ void __launch_bounds__(kFusedThreads,
+                                  kGeneral ? 2 : FusedTraits<kRowBlocks, kDeep>::kMinBlocks)
     apply_fused_kernel(const __grid_constant__ FusedParams p) {
   extern __shared__ __align__(128) unsigned char shared[];
   const int thread = threadIdx.x, g = thread % 32 / 4;
@@ -503,15 +505,15 @@ __global__ void __launch_bounds__(kFusedThreads, kGeneral ? 2 : FusedTraits<kRow
   }
 #endif
   if constexpr (!kGeneral) {
-    fused_body<T, Y, kRowBlocks, true>(p, work, shared);
+    fused_body<T, Y, kRowBlocks, kDeep, true>(p, work, shared);
   } else {
-    constexpr int kChunk = FusedTraits<kRowBlocks>::kChunk;
+    constexpr int kChunk = FusedTraits<kRowBlocks, kDeep>::kChunk;
     const bool vector = p.vector_x_y && device::is_aligned(work.a, 16) && work.a_stride % 8 == 0 &&
                         device::is_aligned(work.b, 2 * kChunk) && work.b_stride % kChunk == 0;
     if (vector) {
-      fused_body<T, Y, kRowBlocks, true>(p, work, shared);
+      fused_body<T, Y, kRowBlocks, kDeep, true>(p, work, shared);
     } else {
-      fused_body<T, Y, kRowBlocks, false>(p, work, shared);
+      fused_body<T, Y, kRowBlocks, kDeep, false>(p, work, shared);
     }
   }
 }

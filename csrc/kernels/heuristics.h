@@ -54,6 +54,7 @@ struct ApplyConfig {
   bool
       fused;  // one kernel, shrink and expand joined by a cluster; else two kernels and a workspace
   int cluster;  // CTAs that share one (tile, slice): they split K, then N
+  bool deep;    // no more CTAs than SMs: each may use all registers for loads in flight
 };
 
 // Fused pays while a tile's weights are what moves; past that x and y are, and the two wide kernels
@@ -100,8 +101,13 @@ inline int cluster_size(const ApplyShape& s) {
 }
 
 inline ApplyConfig apply_config(const ApplyShape& s) {
-  const bool fused = s.clusters && (s.batch_invariant || s.num_tokens <= kFusedMaxTokens);
-  return {fused, fused ? cluster_size(s) : 1};
+  if (!s.clusters || (!s.batch_invariant && s.num_tokens > kFusedMaxTokens)) {
+    return {false, 1, false};
+  }
+  const int cluster = cluster_size(s);
+  const int64_t blocks =
+      likely_tiles(s.num_tokens, s.num_slots, kTileTokens) * s.num_slices * cluster;
+  return {true, cluster, blocks <= s.sm_count};
 }
 
 struct ShrinkShape {

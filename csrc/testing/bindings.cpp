@@ -41,7 +41,8 @@ void bind_plan(py::module_& m) {
 void bind_apply(py::module_& m) {
   py::class_<ApplyConfig>(m, "ApplyConfig")
       .def_readonly("fused", &ApplyConfig::fused)
-      .def_readonly("cluster", &ApplyConfig::cluster);
+      .def_readonly("cluster", &ApplyConfig::cluster)
+      .def_readonly("deep", &ApplyConfig::deep);
   m.def(
       "apply_config",
       [](int64_t num_tokens, int64_t num_slots, int64_t in_features, int64_t out_features,
