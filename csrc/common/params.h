@@ -92,7 +92,7 @@ struct ExpandParams {
   int64_t num_tokens;
   Slices slices;
   int32_t max_rank;
-  bool after_shrink;  // the kernel before in the stream is the shrink that wrote xa
+  bool after_xa;  // the kernel before in the stream wrote xa, and itself waited for all before it
   void* stream;
 };
 

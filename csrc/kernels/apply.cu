@@ -129,7 +129,7 @@ int apply(const ApplyParams& p) {
   up.num_tokens = p.num_tokens;
   up.slices = p.slices;
   up.max_rank = p.max_rank;
-  up.after_shrink = p.dtype != DType::kFloat32;
+  up.after_xa = p.dtype != DType::kFloat32;
   up.stream = p.stream;
   return expand(up);
 }

@@ -7,6 +7,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "common/ptx.cuh"
 #include "common/vec.cuh"
 #include "kernels/kernels.h"
 
@@ -17,6 +18,7 @@ constexpr int kWarps = 4;
 
 template <typename T>
 __global__ void __launch_bounds__(32 * kWarps) embedding_kernel(EmbeddingParams p) {
+  device::grid_dependency_launch();  // an expand behind it can fetch its weights and y meanwhile
   const int lane = threadIdx.x % 32;
   const int64_t step = int64_t{gridDim.x} * kWarps;
   for (int64_t t = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32; t < p.num_tokens; t += step) {

@@ -130,7 +130,7 @@ __device__ __forceinline__ void expand_body(const ExpandParams& p, const Tile& t
   }
   stage_y(0);
   stage_y(1);
-  if (p.after_shrink) {
+  if (p.after_xa) {
     device::grid_dependency_wait();  // xa is all that the kernel before has written
   }
 
@@ -270,16 +270,16 @@ __device__ __forceinline__ void expand_body(const ExpandParams& p, const Tile& t
   }
 }
 
-// after_shrink: the kernel before in the stream is the shrink of the same call, which has itself
-// waited for all that came before it; so only xa is yet to come, and all else may be fetched while
-// the shrink is at work.
+// after_xa: the kernel before in the stream wrote xa (shrink or embedding) and has itself waited
+// for all that came before it; so only xa is yet to come, and all else may be fetched while that
+// kernel is at work.
 template <typename T, typename Y, int kChunk, int kWarps, bool kGeneral>
 __global__ void __launch_bounds__(ExpandShared<Y, kChunk, kWarps>::kThreads, 3)
     expand_kernel(const __grid_constant__ ExpandParams p, unsigned blocks_per_tile, bool vector_y) {
   using Shared = ExpandShared<Y, kChunk, kWarps>;
   extern __shared__ __align__(128) unsigned char shared[];
   int* token_ids = reinterpret_cast<int*>(shared);
-  if (!p.after_shrink) {
+  if (!p.after_xa) {
     device::grid_dependency_wait();
   }
   device::grid_dependency_launch();

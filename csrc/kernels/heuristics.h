@@ -107,7 +107,9 @@ inline ApplyConfig apply_config(const ApplyShape& s) {
   const int cluster = cluster_size(s);
   const int64_t blocks =
       likely_tiles(s.num_tokens, s.num_slots, kTileTokens) * s.num_slices * cluster;
-  return {true, cluster, blocks <= s.sm_count};
+  // The largest clusters do not find room everywhere: some chips' clusters have spare SMs.
+  const int64_t room = cluster == 16 ? resident_blocks(s.sm_count, 1, cluster) : s.sm_count;
+  return {true, cluster, blocks <= room};
 }
 
 struct ShrinkShape {
