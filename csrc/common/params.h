@@ -115,6 +115,44 @@ struct ApplyParams {
   void* stream;
 };
 
+// The two halves of an apply whose intermediate goes through its workspace.
+inline ShrinkParams shrink_of(const ApplyParams& p) {
+  ShrinkParams shrink{};
+  shrink.x = p.x;
+  shrink.x_stride = p.x_stride;
+  shrink.dtype = p.dtype;
+  shrink.a = p.a;
+  shrink.ranks = p.ranks;
+  shrink.scalings = p.scalings;
+  shrink.plan = p.plan;
+  shrink.num_tokens = p.num_tokens;
+  shrink.in_features = p.in_features;
+  shrink.num_slices = p.slices.count;
+  shrink.max_rank = p.max_rank;
+  shrink.xa = p.workspace;
+  shrink.xa_stride = int64_t{p.slices.count} * p.max_rank;
+  shrink.stream = p.stream;
+  return shrink;
+}
+
+inline ExpandParams expand_of(const ApplyParams& p) {
+  ExpandParams expand{};
+  expand.xa = p.workspace;
+  expand.xa_stride = int64_t{p.slices.count} * p.max_rank;
+  expand.y = p.y;
+  expand.y_stride = p.y_stride;
+  expand.dtype = p.dtype;
+  expand.y_dtype = p.y_dtype;
+  expand.b = p.b;
+  expand.ranks = p.ranks;
+  expand.plan = p.plan;
+  expand.num_tokens = p.num_tokens;
+  expand.slices = p.slices;
+  expand.max_rank = p.max_rank;
+  expand.stream = p.stream;
+  return expand;
+}
+
 // xa[t, j] = scaling * A[slot, j, id - vocab_start], or extra_a[slot, id - vocab_start - V, j]
 // behind the vocabulary.
 struct EmbeddingParams {

@@ -97,40 +97,12 @@ int apply(const ApplyParams& p) {
   if (config.fused) {
     return apply_fused(p, config);
   }
-  ShrinkParams down{};
-  down.x = p.x;
-  down.x_stride = p.x_stride;
-  down.dtype = p.dtype;
-  down.a = p.a;
-  down.ranks = p.ranks;
-  down.scalings = p.scalings;
-  down.plan = p.plan;
-  down.num_tokens = p.num_tokens;
-  down.in_features = p.in_features;
-  down.num_slices = p.slices.count;
-  down.max_rank = p.max_rank;
-  down.xa = p.workspace;
-  down.xa_stride = int64_t{p.slices.count} * p.max_rank;
-  down.stream = p.stream;
-  const int error = shrink(down);
+  const int error = shrink(shrink_of(p));
   if (error != 0) {
     return error;
   }
-  ExpandParams up{};
-  up.xa = p.workspace;
-  up.xa_stride = down.xa_stride;
-  up.y = p.y;
-  up.y_stride = p.y_stride;
-  up.dtype = p.dtype;
-  up.y_dtype = p.y_dtype;
-  up.b = p.b;
-  up.ranks = p.ranks;
-  up.plan = p.plan;
-  up.num_tokens = p.num_tokens;
-  up.slices = p.slices;
-  up.max_rank = p.max_rank;
+  ExpandParams up = expand_of(p);
   up.after_xa = p.dtype != DType::kFloat32;
-  up.stream = p.stream;
   return expand(up);
 }
 
