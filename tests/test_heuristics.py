@@ -73,7 +73,6 @@ def test_the_plan_kernel_fits_every_capacity(max_tokens: int, num_slots: int) ->
 APPLY = {
     "num_slots": SLOTS,
     "in_features": FEATURES,
-    "out_features": FEATURES,
     "num_slices": st.integers(1, 8),
     "max_rank": st.integers(1, 1024),
     "sm_count": SM_COUNTS,

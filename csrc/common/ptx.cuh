@@ -71,10 +71,6 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
-__device__ __forceinline__ void prefetch_l2(const void* address) {
-  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(address));
-}
-
 // Programmatic dependent launch: what comes before the wait may run while the kernel before is
 // still at work.
 __device__ __forceinline__ void grid_dependency_wait() {

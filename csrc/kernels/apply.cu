@@ -12,7 +12,6 @@ ApplyConfig config_of(const ApplyParams& p) {
   shape.num_tokens = p.num_tokens;
   shape.num_slots = p.plan.num_slots;
   shape.in_features = p.in_features;
-  shape.out_features = p.slices.offset[p.slices.count];
   shape.num_slices = p.slices.count;
   shape.max_rank = p.max_rank;
   shape.sm_count = device.sm_count;

@@ -17,8 +17,7 @@ namespace {
 
 constexpr int kUnitColumns = 64;  // of a warp
 constexpr int kRound = 16;        // tokens at a time
-constexpr int kRounds = kWideTileTokens / kRound;
-constexpr int kBuffers = 3;  // rounds of y in shared memory: one in use, two on their way
+constexpr int kBuffers = 3;       // rounds of y in shared memory: one in use, two on their way
 
 // kChunk: neighbouring ranks that a lane holds, 4 for pools of rank up to 16, else 8. Weights of up
 // to kStaged steps of ranks stay in shared memory; a slot of a higher rank reads them again for

@@ -10,12 +10,10 @@
 namespace lora_ext {
 
 constexpr int kDefaultSharedBytes = 48 * 1024;  // what a block gets without asking
-constexpr int kMaxSharedBytes =
-    200 * 1024;  // leaves room below the 227 KB of sm_90 and the 163 KB ... of sm_80
-constexpr int kMaxSlots = 16384;
+constexpr int kMaxSharedBytes = 99 * 1024;      // what every chip from sm_80 on gives on request
+constexpr int kMaxSlots = 8192;                 // plan_batch needs three counts a slot within that
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 struct PlanConfig {
   int threads, num_buckets, shared_bytes;
@@ -43,7 +41,7 @@ inline int64_t max_tiles(int64_t num_tokens, int64_t num_slots, int tile_tokens)
 }
 
 struct ApplyShape {
-  int64_t num_tokens, num_slots, in_features, out_features;
+  int64_t num_tokens, num_slots, in_features;
   int num_slices, max_rank;
   int sm_count;
   bool clusters;         // the chip has thread block clusters

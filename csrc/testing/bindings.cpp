@@ -45,13 +45,13 @@ void bind_apply(py::module_& m) {
       .def_readonly("deep", &ApplyConfig::deep);
   m.def(
       "apply_config",
-      [](int64_t num_tokens, int64_t num_slots, int64_t in_features, int64_t out_features,
-         int num_slices, int max_rank, int sm_count, bool clusters, bool batch_invariant) {
-        return apply_config({num_tokens, num_slots, in_features, out_features, num_slices, max_rank,
-                             sm_count, clusters, batch_invariant});
+      [](int64_t num_tokens, int64_t num_slots, int64_t in_features, int num_slices, int max_rank,
+         int sm_count, bool clusters, bool batch_invariant) {
+        return apply_config({num_tokens, num_slots, in_features, num_slices, max_rank, sm_count,
+                             clusters, batch_invariant});
       },
-      py::kw_only(), "num_tokens"_a, "num_slots"_a, "in_features"_a, "out_features"_a,
-      "num_slices"_a, "max_rank"_a, "sm_count"_a, "clusters"_a, "batch_invariant"_a);
+      py::kw_only(), "num_tokens"_a, "num_slots"_a, "in_features"_a, "num_slices"_a, "max_rank"_a,
+      "sm_count"_a, "clusters"_a, "batch_invariant"_a);
 }
 
 void bind_shrink(py::module_& m) {

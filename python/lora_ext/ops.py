@@ -32,9 +32,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_ext import _library
-
-_library.load()
+from lora_ext import _library as _library  # registers the operators, or says why it cannot
 
 MAX_SLICES = 8
 MAX_RANK = 1024
