@@ -128,7 +128,7 @@ def test_other_pickles_are_not_run(write: Callable[[Any, Path], None], tmp_path:
         {"modules_to_save": ["lm_head"]},
         {"layer_replication": [[0, 1], [0, 1]]},
         {"alora_invocation_tokens": [1, 2]},
-        {"target_parameters": ["experts.gate_up_proj"]},
+        {"target_parameters": ["experts.gate_up_proj_bias"]},
         {"trainable_token_indices": [3]},
         {"trainable_token_indices": {"embed_tokens": [3]}},
         {"megatron_config": {"a": 1}},

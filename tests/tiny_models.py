@@ -44,8 +44,15 @@ _CONFIGS = {
     "mistral": "MistralConfig",
     "qwen2": "Qwen2Config",
     "qwen3": "Qwen3Config",
+    "qwen3_moe": "Qwen3MoeConfig",
+    "mixtral": "MixtralConfig",
 }
-MODELS = list(_CONFIGS)
+_MOE_VALUES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2},
+    "mixtral": {"intermediate_size": 24, "num_local_experts": 6, "num_experts_per_tok": 2},
+}
+MOE_MODELS = list(_MOE_VALUES)
+MODELS = [kind for kind in _CONFIGS if kind not in MOE_MODELS]
 
 
 def tiny_model(
@@ -65,6 +72,7 @@ def tiny_model(
         "pad_token_id": 0,
         "bos_token_id": None,
         "eos_token_id": None,
+        **_MOE_VALUES.get(kind, {}),
     }
     made = getattr(transformers, _CONFIGS[kind])(**{**values, **config})
     with torch.random.fork_rng(devices=[]):

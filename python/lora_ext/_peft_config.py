@@ -21,7 +21,6 @@ _UNSUPPORTED = {
     "megatron_config": "its layers are those of Megatron",
     "modules_to_save": "whole modules are replaced, not adapted",
     "monteclora_config": "MonteCLoRA samples around the adapter",
-    "target_parameters": "LoRA on bare parameters is not applied",
     "trainable_token_indices": "single rows of the embedding are replaced",
     "use_bdlora": "block-diagonal factors are stored in another layout",
     "use_dora": "DoRA rescales the base weights",
@@ -64,12 +63,19 @@ _READ = frozenset(
         "r",
         "rank_pattern",
         "target_modules",
+        "target_parameters",
         "use_rslora",
     }
 )
 
 # Other initialisations subtract something from the base weights, also when PEFT loads the adapter.
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+
+# Parameters that may be adapted by their own names: those of all experts of an MoE layer, in the
+# order in which the module defines them, which is the order in which PEFT nests its wrappers, and
+# the weight of any other module.
+_EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
+_PARAMETERS = (*_EXPERT_PARAMETERS, "weight")
 
 _MAX_PATTERN_LENGTH = 1000
 
@@ -89,6 +95,7 @@ class PeftLoraConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     target_modules: str | tuple[str, ...] | None = None
     exclude_modules: str | tuple[str, ...] | None = None
+    target_parameters: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> PeftLoraConfig:
@@ -135,6 +142,7 @@ class PeftLoraConfig:
             alpha_pattern={key: _alpha(f"alpha_pattern[{key!r}]", v) for key, v in alphas.items()},
             target_modules=_names("target_modules", config),
             exclude_modules=_names("exclude_modules", config),
+            target_parameters=_parameters(config),
         )
 
     def rank_of(self, module: str) -> int:
@@ -156,6 +164,15 @@ class PeftLoraConfig:
             or self.target_modules == "all-linear"
             or _selects(self.target_modules, module)
         )
+
+    def parameters_of(self, module: str) -> list[str]:
+        """The parameters of the module that PEFT would wrap by their names, innermost first."""
+        is_experts = module.rpartition(".")[2] == "experts"
+        names = _EXPERT_PARAMETERS if is_experts else ("weight",)
+        return [name for name in names if self._targets_parameter(f"{module}.{name}")]
+
+    def _targets_parameter(self, name: str) -> bool:
+        return any(name == t or name.endswith(f".{t}") for t in self.target_parameters)
 
 
 def _first_match(patterns: Mapping[str, Number], module: str, default: Number) -> Number:
@@ -221,3 +238,16 @@ def _names(name: str, config: Mapping[str, Any]) -> str | tuple[str, ...] | None
     if isinstance(names, list) and all(isinstance(entry, str) for entry in names):
         return tuple(names)
     raise ConfigError(f"{name} = {_shown(names)} is neither a pattern nor a list of names")
+
+
+def _parameters(config: Mapping[str, Any]) -> tuple[str, ...]:
+    names = config.get("target_parameters") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"target_parameters = {_shown(names)} is not a list of names")
+    for name in names:
+        if name.rpartition(".")[2] not in _PARAMETERS:
+            raise ConfigError(
+                f"target_parameters = {_shown(names)} is not supported: by their names, only "
+                f"{', '.join(_PARAMETERS)} can be adapted"
+            )
+    return tuple(names)
