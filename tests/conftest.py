@@ -1,10 +1,13 @@
-"""What all tests share: the ``gpu`` marker skips, by name, where its tests cannot run."""
+"""What all tests share: skips of the ``gpu`` marker, by name; processes that work together."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 import torch
 
+from distributed import WORLD_SIZE, Workers
 from lora_ext import _build_info
 
 
@@ -24,3 +27,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+_NEEDS_GPUS = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < WORLD_SIZE, reason=f"needs {WORLD_SIZE} GPUs"),
+]
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=_NEEDS_GPUS)])
+def workers(request: pytest.FixtureRequest) -> Iterator[Workers]:
+    """The processes of a tensor-parallel group, started when first used."""
+    with Workers(request.param) as workers:
+        yield workers

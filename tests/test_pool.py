@@ -234,7 +234,7 @@ def test_a_device_that_fails_while_writing_leaves_no_half_adapter(
         seen.append([layer.ranks.tolist() for layer in layers.values()])
         raise RuntimeError("out of order")
 
-    monkeypatch.setattr(layers["down"], "write_slot", fail)
+    monkeypatch.setattr(layers["down"], "write_shard", fail)
     for name in ("a", "b"):
         with pytest.raises(RuntimeError, match="out of order"):
             pool.load(name, make_adapter(), replace=True)

@@ -213,7 +213,7 @@ def test_load_replace_remove_between_forwards(
 
     kept, first = logits()
     slot = lora.adapters["changing"].slot
-    for layer in lora.pool._modules.values():  # what lies behind a smaller adapter is never read
+    for layer in lora.pool.layers:  # what lies behind a smaller adapter is never read
         layer.lora_a[slot] = float("nan")
         layer.lora_b[slot] = float("nan")
     lora.load_adapter("changing", other, replace=True)
@@ -299,7 +299,7 @@ def test_wrong_rows_are_refused_before_any_work(
 ) -> None:
     lora = wrapped(tiny_model(), {"attention": directories["attention"]})
     calls: list[object] = []
-    for layer in lora.pool._modules.values():
+    for layer in lora.pool.layers:
         monkeypatch.setattr(layer, "forward", calls.append)
     with pytest.raises(error, match=message):
         getattr(lora, method)(**prompts(2), adapters=adapters)

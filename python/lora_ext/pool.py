@@ -9,11 +9,9 @@ from itertools import count
 from threading import RLock
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from .adapters import Adapter, AdapterError, LoRAWeights
-from .layers import LoRAEmbedding, LoRAModule
+from ._placement import PlacedWeights, place
+from .adapters import Adapter
+from .layers import LoRAModule, LoRASlice
 
 
 class AdapterInfo(NamedTuple):
@@ -23,7 +21,7 @@ class AdapterInfo(NamedTuple):
         slot: its slot in every layer.
         rank: the highest rank of its modules.
         num_modules: modules that it adapts.
-        num_bytes: bytes of its weights in the layers' dtype.
+        num_bytes: bytes of its weights in the layers, as far as this process holds them.
         in_use: whether a batch that uses it is running.
         num_batches: batches that used it since its name was loaded; replacing does not reset it.
         num_rows: rows of those batches that used it.
@@ -57,15 +55,6 @@ class UnknownAdapterError(KeyError):
         return str(self.args[0])
 
 
-class _Staged(NamedTuple):
-    """One module's weights in the dtype and on the device of its layer."""
-
-    module: LoRAModule
-    lora_a: Tensor
-    lora_b: Tensor
-    scaling: float
-
-
 class AdapterPool:
     """Loads adapters into the slots of layers, which share the number of slots and the rank limit.
 
@@ -73,24 +62,38 @@ class AdapterPool:
     is written; while its slot is written, the slot has rank 0 in every layer. Loading and removing
     are ordered with the layers' work by the current stream, and may happen between two forwards.
 
+    Adapters are given whole. Where layers hold shards, every rank loads the same adapters in the
+    same order, and each layer takes its part.
+
     Args:
-        modules: layer by the name of its base module in the model, the name adapters use.
+        modules: layer by the name of its base module in the model, the name adapters use; for a
+            stacked layer each of its ``slices`` by the name of its projection, and the layer itself
+            by its own name, if there are adapters of all slices in one.
         evict_lru: where all slots are taken, drop the adapter unused for longest rather than raise.
             Adapters of a running batch are never dropped.
+
+    Attributes:
+        layers: the layers, each once.
 
     Raises:
         ValueError: there are no layers, or they differ in slots or rank limit.
     """
 
-    def __init__(self, modules: Mapping[str, LoRAModule], *, evict_lru: bool = False) -> None:
-        limits = {(module.num_slots, module.max_rank) for module in modules.values()}
+    def __init__(
+        self, modules: Mapping[str, LoRAModule | LoRASlice], *, evict_lru: bool = False
+    ) -> None:
+        self._targets = {
+            name: target if isinstance(target, LoRASlice) else LoRASlice(target, None)
+            for name, target in modules.items()
+        }
+        self.layers = list(dict.fromkeys(target.layer for target in self._targets.values()))
+        limits = {(layer.num_slots, layer.max_rank) for layer in self.layers}
         if len(limits) != 1:
             raise ValueError(
                 f"expected layers of one (num_slots, max_rank), got {sorted(limits) or 'no layers'}"
             )
         (self.max_adapters, self.max_rank) = limits.pop()
         self.evict_lru = evict_lru
-        self._modules = dict(modules)
         self._entries: dict[str, _Entry] = {}
         self._clock = count()
         self._lock = RLock()
@@ -136,10 +139,10 @@ class AdapterPool:
             old = self._entries.get(name)
             if old is not None and not replace:
                 raise ValueError(f"adapter {name!r} is loaded already; replace=True replaces it")
-            staged = self._stage(adapter)
+            placed = place(adapter, self._targets, self.max_rank)
             slot = old.slot if old is not None else self._free_slot()
             entry = old if old is not None else _Entry(slot)
-            self._write(entry, staged)
+            self._write(entry, adapter, placed)
             entry.last_used = next(self._clock)
             self._entries[name] = entry
             return slot
@@ -209,80 +212,22 @@ class AdapterPool:
         oldest = min(idle, key=lambda name: self._entries[name].last_used)
         return self._entries.pop(oldest).slot
 
-    def _write(self, entry: _Entry, staged: Sequence[_Staged]) -> None:
+    def _write(self, entry: _Entry, adapter: Adapter, placed: Sequence[PlacedWeights]) -> None:
         """Fill a slot; should the device fail on the way, the slot is left without an adapter."""
         entry.rank = entry.num_modules = entry.num_bytes = 0
         self._clear(entry.slot)
         try:
-            for part in staged:
-                part.module.write_slot(entry.slot, part.lora_a, part.lora_b)
-            for part in staged:
-                part.module.set_slot(entry.slot, part.lora_a.shape[0], part.scaling)
+            for part in placed:
+                part.layer.write_shard(entry.slot, part.lora_a, part.lora_b)
+            for part in placed:
+                part.layer.set_slot(entry.slot, part.rank, part.scaling)
         except BaseException:
             self._clear(entry.slot)
             raise
-        entry.rank = max(part.lora_a.shape[0] for part in staged)
-        entry.num_modules = len(staged)
-        entry.num_bytes = sum(part.lora_a.nbytes + part.lora_b.nbytes for part in staged)
+        entry.rank = adapter.max_rank
+        entry.num_modules = len(adapter.modules)
+        entry.num_bytes = sum(part.lora_a.nbytes + part.lora_b.nbytes for part in placed)
 
     def _clear(self, slot: int) -> None:
-        for module in self._modules.values():
-            module.set_slot(slot, 0, 0.0)
-
-    def _stage(self, adapter: Adapter) -> list[_Staged]:
-        """Check the whole adapter and bring it to the layers' device and dtype; writes nothing."""
-        for name, weights in adapter.modules.items():
-            self._check(adapter.source, name, weights)
-        for name, tensor in adapter.base_weights.items():
-            self._check_base_weight(adapter.source, name, tensor)
-        staged = []
-        for name, weights in adapter.modules.items():
-            module = self._modules[name]
-            like = module.lora_a
-            sides = []
-            for side, tensor in (("A", weights.lora_a), ("B", weights.lora_b)):
-                moved = tensor.detach().to(like.device, like.dtype)
-                if moved.dtype == torch.float16 and not bool(torch.isfinite(moved).all()):
-                    raise AdapterError(
-                        f"{adapter.source}: module {name!r}: {side} has values too large for the "
-                        "model's float16"
-                    )
-                sides.append(moved)
-            staged.append(_Staged(module, sides[0], sides[1], weights.scaling))
-        return staged
-
-    def _check(self, source: str, name: str, weights: LoRAWeights) -> None:
-        where = f"{source}: module {name!r}"
-        module = self._modules.get(name)
-        if module is None:
-            raise AdapterError(f"{where}: the model has no layer of this name that takes adapters")
-        if weights.is_embedding != isinstance(module, LoRAEmbedding):
-            kind = "an embedding" if weights.is_embedding else "a linear layer"
-            raise AdapterError(f"{where}: its weights are for {kind}, the model's is another kind")
-        if weights.rank > self.max_rank:
-            raise AdapterError(f"{where}: its rank is {weights.rank}, max_rank is {self.max_rank}")
-        if weights.lora_a.shape[1] != module.in_features:
-            raise AdapterError(
-                f"{where}: A is {list(weights.lora_a.shape)}, the model needs "
-                f"[{weights.rank}, {module.in_features}]"
-            )
-        if weights.lora_b.shape[0] != module.out_features:
-            raise AdapterError(
-                f"{where}: B is {list(weights.lora_b.shape)}, the model needs "
-                f"[{module.out_features}, {weights.rank}]"
-            )
-
-    def _check_base_weight(self, source: str, name: str, tensor: Tensor) -> None:
-        """PEFT would put such a weight in place of the model's: fine where they are equal."""
-        module = self._modules.get(name)
-        if module is not None:
-            own, given = module.weight.detach(), tensor.to(module.weight.device)
-            # Either may have been stored with fewer digits.
-            if own.shape == given.shape and (
-                torch.equal(own, given.to(own.dtype)) or torch.equal(own.to(given.dtype), given)
-            ):
-                return
-        raise AdapterError(
-            f"{source}: it brings its own base weight {list(tensor.shape)} for {name!r}, which is "
-            "not the model's (an embedding that was resized or trained?)"
-        )
+        for layer in self.layers:
+            layer.set_slot(slot, 0, 0.0)

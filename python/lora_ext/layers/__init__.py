@@ -1,8 +1,31 @@
 """Layers that add each token's adapter to what their base module computes."""
 
-from .base import LoRAModule
+from .base import LoRAModule, LoRASlice
 from .embedding import LoRAEmbedding
-from .linear import LoRALinear, LoRALMHead
+from .linear import LoRALinear
+from .lm_head import LoRALMHead
+from .parallel_linear import (
+    LoRAColumnParallelLinear,
+    LoRAQKVParallelLinear,
+    LoRARowParallelLinear,
+)
 from .routing import Routing, RowPlans
 
-__all__ = ["LoRAEmbedding", "LoRALMHead", "LoRALinear", "LoRAModule", "Routing", "RowPlans"]
+# What engines call a column-parallel layer of several slices, and a layer that no rank cuts.
+LoRAMergedColumnParallelLinear = LoRAColumnParallelLinear
+LoRAReplicatedLinear = LoRALinear
+
+__all__ = [
+    "LoRAColumnParallelLinear",
+    "LoRAEmbedding",
+    "LoRALMHead",
+    "LoRALinear",
+    "LoRAMergedColumnParallelLinear",
+    "LoRAModule",
+    "LoRAQKVParallelLinear",
+    "LoRAReplicatedLinear",
+    "LoRARowParallelLinear",
+    "LoRASlice",
+    "Routing",
+    "RowPlans",
+]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .. import ops
 from .base import LoRAModule, require_inference
 from .routing import Routing
+from .sharding import Shard, TensorParallel
 
 
 class LoRAEmbedding(LoRAModule):
@@ -17,25 +18,46 @@ class LoRAEmbedding(LoRAModule):
     """
 
     def __init__(
-        self, base: nn.Embedding, num_slots: int, max_rank: int, routing: Routing | None = None
+        self,
+        base: nn.Embedding,
+        num_slots: int,
+        max_rank: int,
+        routing: Routing | None = None,
+        *,
+        inputs: Shard | None = None,
+        parallel: TensorParallel | None = None,
     ) -> None:
         super().__init__(
-            base, base.num_embeddings, base.embedding_dim, num_slots, max_rank, routing
+            base,
+            inputs if inputs is not None else Shard.whole(base.num_embeddings),
+            [Shard.whole(base.embedding_dim)],
+            num_slots,
+            max_rank,
+            routing,
+            parallel,
         )
 
     def _shape_a(self) -> tuple[int, int, int]:
         return (self.num_slots, self.in_features, self.max_rank)
 
+    def _part_of_base(self, given: Tensor) -> Tensor | None:
+        if given.shape != (self.inputs.full, self.out_features):
+            return None
+        return self.inputs.of(given, 0)
+
     @torch.no_grad()
-    def write_slot(self, slot: int, lora_a: Tensor, lora_b: Tensor) -> None:
-        """Copy an adapter's A ``[r, V]`` and B ``[D, r]`` into a slot, which must have rank 0."""
-        rank = lora_a.shape[0]
+    def write_shard(self, slot: int, lora_a: Tensor, lora_b: Tensor) -> None:
+        """Copy what ``shard`` returned into a slot, which must have rank 0."""
+        rank = lora_b.shape[1]
         self.lora_a[slot, :, :rank].copy_(lora_a.t())
         self.lora_b[slot, :, :rank].copy_(lora_b)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return ``[..., D]`` for int32 or int64 ids ``[...]``."""
-        y: Tensor = self.base(ids)
+        return self._add_adapters(self.base(ids), ids)
+
+    def _add_adapters(self, y: Tensor, ids: Tensor) -> Tensor:
+        """Add to the base output y ``[..., D]``."""
         plan = self._plan(ids.shape)
         if plan is None:
             return y
@@ -48,5 +70,6 @@ class LoRAEmbedding(LoRAModule):
             self.ranks,
             self.scalings,
             plan,
+            vocab_start=self.inputs.start,
         )
         return y

@@ -2,49 +2,63 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from .. import ops
 from .base import LoRAModule, require_inference
 from .routing import Routing
+from .sharding import Shard, TensorParallel
 
 
 class LoRALinear(LoRAModule):
     """``nn.Linear`` plus the adapter of each token: y += scaling * (x A^T) B^T, in place.
 
-    ``lora_a`` is ``[L, R, K]``, ``lora_b`` ``[L, N, R]``.
+    Without shards it is a layer that every process has whole, whatever the others do. Subclasses
+    say which part of a layer ``base`` is, and what the ranks exchange.
     """
 
     def __init__(
-        self, base: nn.Linear, num_slots: int, max_rank: int, routing: Routing | None = None
+        self,
+        base: nn.Linear,
+        num_slots: int,
+        max_rank: int,
+        routing: Routing | None = None,
+        *,
+        inputs: Shard | None = None,
+        outputs: Sequence[Shard] | None = None,
+        parallel: TensorParallel | None = None,
     ) -> None:
-        super().__init__(base, base.in_features, base.out_features, num_slots, max_rank, routing)
+        super().__init__(
+            base,
+            inputs if inputs is not None else Shard.whole(base.in_features),
+            outputs if outputs is not None else [Shard.whole(base.out_features)],
+            num_slots,
+            max_rank,
+            routing,
+            parallel,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``[..., N]`` for x ``[..., K]``; tokens are routed by the leading dimensions."""
-        y: Tensor = self.base(x)
+        return self._add_adapters(self.base(x), x)
+
+    def _add_adapters(self, y: Tensor, x: Tensor) -> Tensor:
+        """Add to the base output y ``[..., >= N]``, whose further columns stay as they are."""
         plan = self._plan(x.shape[:-1])
-        if plan is None:
+        if plan is None or not self.out_features:
             return y
         require_inference(y)
         ops.lora_apply_(
-            y.view(-1, self.out_features),
+            y.view(-1, y.shape[-1]),
             x.reshape(-1, self.in_features).to(self.lora_a.dtype),
             [self.lora_a],
             [self.lora_b],
             self.ranks,
             self.scalings,
             plan,
-            output_slices=[self.out_features],
+            output_slices=self.output_sizes,
             max_rank=self.max_rank,
         )
         return y
-
-
-class LoRALMHead(LoRALinear):
-    """The output projection; its rows may be pruned to the tokens whose logits are wanted."""
-
-    def _plan(self, shape: torch.Size) -> Tensor | None:
-        # Some models hand over [rows, K]: the last token of each row.
-        return super()._plan(torch.Size((*shape, 1)) if len(shape) == 1 else shape)

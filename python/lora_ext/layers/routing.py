@@ -57,6 +57,10 @@ class RowPlans:
             batch = self._add(shape[0], shape[1])
         return batch.plan
 
+    def lm_head_plan(self, shape: torch.Size) -> Tensor | None:
+        """Return the plan for lm_head; some models give it ``[rows]``: the last token of each."""
+        return self.plan(torch.Size((*shape, 1)) if len(shape) == 1 else shape)
+
     def _add(self, rows: int, tokens: int) -> LoRABatch:
         factor, rest = divmod(rows, len(self._slots))
         if rest:
@@ -76,16 +80,41 @@ class RowPlans:
 
 
 class BatchPlan:
-    """The plan of one LoRABatch for every input: flattened tokens, as engines have them."""
+    """The plan of one LoRABatch for every input: flattened tokens, as engines have them.
 
-    def __init__(self, batch: LoRABatch) -> None:
+    Args:
+        batch: the tokens that the layers see.
+        lm_head: the rows that lm_head sees; None: all of them.
+    """
+
+    def __init__(self, batch: LoRABatch, lm_head: LoRABatch | None = None) -> None:
         self._batch = batch
+        self._lm_head = lm_head
         self.static = batch.static
 
     def plan(self, shape: torch.Size) -> Tensor | None:
         """Return the batch's plan; None where the batch uses no adapter and no graph needs it."""
+        return _plan_in_force(self._batch)
+
+    def lm_head_plan(self, shape: torch.Size) -> Tensor | None:
+        """Return the plan of the rows that lm_head sees.
+
+        Raises:
+            ValueError: they are fewer than the batch has tokens, and nobody said which.
+        """
+        if self._lm_head is not None:
+            return _plan_in_force(self._lm_head)
         batch = self._batch
-        return batch.plan if self.static or batch.has_active_lora else None
+        if not batch.static and batch.num_tokens is not None and shape.numel() < batch.num_tokens:
+            raise ValueError(
+                f"lm_head got {shape.numel()} rows of a batch of {batch.num_tokens} tokens: give "
+                "the slots of those that are left as routing.using(batch, lm_head=...)"
+            )
+        return self.plan(shape)
+
+
+def _plan_in_force(batch: LoRABatch) -> Tensor | None:
+    return batch.plan if batch.static or batch.has_active_lora else None
 
 
 class Routing:
@@ -104,10 +133,23 @@ class Routing:
         return source
 
     @contextmanager
-    def using(self, source: RowPlans | LoRABatch) -> Iterator[None]:
-        """Route this thread's calls by ``source`` inside a ``with`` block; the innermost counts."""
+    def using(
+        self, source: RowPlans | LoRABatch, *, lm_head: LoRABatch | None = None
+    ) -> Iterator[None]:
+        """Route this thread's calls by ``source`` inside a ``with`` block; the innermost counts.
+
+        Args:
+            source: of the batch.
+            lm_head: beside a LoRABatch, the rows that lm_head sees where those are not all: the
+                last token of each request, or any others.
+        """
         before = self.source
-        self._local.source = BatchPlan(source) if isinstance(source, LoRABatch) else source
+        if isinstance(source, LoRABatch):
+            self._local.source = BatchPlan(source, lm_head)
+        elif lm_head is not None:
+            raise ValueError("lm_head goes with a LoRABatch: RowPlans know lm_head's rows by shape")
+        else:
+            self._local.source = source
         try:
             yield
         finally:

@@ -1,0 +1,125 @@
+"""Where an adapter goes: checked against a model's layers, and cut to what they hold of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .adapters import Adapter, AdapterError, LoRAWeights
+from .layers import LoRAEmbedding, LoRAModule, LoRASlice
+
+
+class PlacedWeights(NamedTuple):
+    """One layer's part of an adapter, in its dtype and on its device."""
+
+    layer: LoRAModule
+    lora_a: Tensor
+    lora_b: Tensor
+    rank: int
+    scaling: float
+
+
+def place(adapter: Adapter, targets: Mapping[str, LoRASlice], max_rank: int) -> list[PlacedWeights]:
+    """Check a whole adapter and bring each layer's part to its device and dtype; writes nothing.
+
+    Args:
+        adapter: what to place.
+        targets: layer, or one slice of it, by the name that adapters use.
+        max_rank: the highest rank that layers take.
+
+    Raises:
+        AdapterError: it does not fit; the same on all ranks of a group.
+    """
+    parts: dict[LoRAModule, list[LoRAWeights | None]] = {}
+    for name, weights in adapter.modules.items():
+        where = f"{adapter.source}: module {name!r}"
+        target = targets.get(name)
+        if target is None:
+            raise AdapterError(f"{where}: the model has no layer of this name that takes adapters")
+        _check(where, target, weights, max_rank)
+        of_layer = parts.setdefault(target.layer, [None] * len(target.layer.outputs))
+        for index, part in _of_slices(target, weights):
+            if of_layer[index] is not None:
+                raise AdapterError(f"{where}: another module has weights for the same projection")
+            of_layer[index] = part
+    for name, tensor in adapter.base_weights.items():
+        _check_base_weight(adapter.source, name, targets.get(name), tensor)
+    return [_place(layer, of_layer) for layer, of_layer in parts.items()]
+
+
+def stack(parts: Sequence[LoRAWeights | None], sizes: Sequence[int]) -> LoRAWeights:
+    """Stack the projections of a layer, some of which may have no weights.
+
+    A layer has one rank and one scaling for all its slices: the highest rank, smaller ones being
+    filled up with zeros, and the largest scaling; where others differ from it (``alpha_pattern``,
+    ``rank_pattern``), B takes the difference.
+
+    Args:
+        parts: A ``[r_i, K]`` and B ``[N_i, r_i]`` of each slice, at least one.
+        sizes: N_i.
+
+    Returns:
+        A ``[S * r, K]`` with slice i in rows ``i * r`` and following, and B ``[sum N_i, r]``.
+    """
+    given = [part for part in parts if part is not None]
+    if len(parts) == 1:
+        return given[0]
+    rank = max(part.rank for part in given)
+    scaling = max((part.scaling for part in given), key=abs)
+    first = given[0]
+    lora_a = first.lora_a.new_zeros((len(parts), rank, first.lora_a.shape[1]))
+    lora_b = first.lora_b.new_zeros((sum(sizes), rank))
+    for i, (part, rows) in enumerate(zip(parts, torch.split(lora_b, list(sizes)), strict=True)):
+        if part is None:
+            continue
+        lora_a[i, : part.rank] = part.lora_a
+        same = part.scaling == scaling
+        rows[:, : part.rank] = part.lora_b if same else part.lora_b * (part.scaling / scaling)
+    return LoRAWeights(lora_a.flatten(0, 1), lora_b, rank, scaling)
+
+
+def _check(where: str, target: LoRASlice, weights: LoRAWeights, max_rank: int) -> None:
+    layer = target.layer
+    if weights.is_embedding != isinstance(layer, LoRAEmbedding):
+        kind = "an embedding" if weights.is_embedding else "a linear layer"
+        raise AdapterError(f"{where}: its weights are for {kind}, the model's is another kind")
+    if weights.rank > max_rank:
+        raise AdapterError(f"{where}: its rank is {weights.rank}, max_rank is {max_rank}")
+    try:
+        layer.check_sizes(weights.lora_a, weights.lora_b, target.index)
+    except ValueError as error:
+        raise AdapterError(f"{where}: {error}") from None
+    if layer.lora_a.dtype == torch.float16:
+        for side, tensor in (("A", weights.lora_a), ("B", weights.lora_b)):
+            if not bool(torch.isfinite(tensor.to(torch.float16)).all()):
+                raise AdapterError(f"{where}: {side} has values too large for the model's float16")
+
+
+def _of_slices(target: LoRASlice, weights: LoRAWeights) -> list[tuple[int, LoRAWeights]]:
+    """Return what each slice gets: all of it, or of an adapter of a whole stack the same A each."""
+    if target.index is not None:
+        return [(target.index, weights)]
+    rows = torch.split(weights.lora_b, [shard.full for shard in target.layer.outputs])
+    return [(i, weights._replace(lora_b=lora_b)) for i, lora_b in enumerate(rows)]
+
+
+def _place(layer: LoRAModule, parts: Sequence[LoRAWeights | None]) -> PlacedWeights:
+    whole = stack(parts, [shard.full for shard in layer.outputs])
+    like = layer.lora_a
+    lora_a, lora_b = (
+        tensor.detach().to(like.device, like.dtype)
+        for tensor in layer.shard(whole.lora_a, whole.lora_b)
+    )
+    return PlacedWeights(layer, lora_a, lora_b, whole.rank, whole.scaling)
+
+
+def _check_base_weight(source: str, name: str, target: LoRASlice | None, tensor: Tensor) -> None:
+    """PEFT would put such a weight in place of the model's: fine where they are equal."""
+    if target is None or target.index is not None or not target.layer.has_base_weight(tensor):
+        raise AdapterError(
+            f"{source}: it brings its own base weight {list(tensor.shape)} for {name!r}, which is "
+            "not the model's (an embedding that was resized or trained?)"
+        )
