@@ -1,0 +1,254 @@
+"""A whole layer: its base GEMMs alone, and with LoRA in every one of them.
+
+What a user feels of LoRA is not the time of an operator but what it adds to a layer: the shrink
+needs only x and can run beside the base GEMM, and a launch costs more where the GEMM is short. All
+sites of a layer are one graph; each site has inputs of its own, attention and activations are left
+out.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import report
+from .case import Candidate, Case, Cost, Setting, Unsupported, relative_error
+from .command import settings_of
+from .dense import DenseData
+from .options import OWN
+from .providers import LoRAExt, Peft, dense_providers
+from .registry import MODELS, Model
+from .runner import Row, measure
+from .workload import Workload, make_workload
+
+GRID = "layer"
+BASE, BASE_ONLY, SITE_OP = "base", "base_only", "lora_linear"
+BATCHES = ((1, 1), (8, 8), (32, 1), (32, 32), (256, 1), (256, 32))
+
+# Does the site's GEMM and its adapters: (x, base weight, lora weights) to y.
+SiteRun = Callable[[Tensor, Tensor, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class LayerProblem:
+    """The linear sites of a decoder layer for one batch.
+
+    Providers: BASE is the GEMMs alone; "lora_ext" and others add their adapters after each GEMM;
+    SITE_OP is lora_ext's operator for GEMM and adapters together; BASE_ONLY is "lora_ext" for a
+    batch in which nobody has an adapter.
+    """
+
+    grid: str
+    model: Model
+    workload: Workload
+
+    @property
+    def name(self) -> str:
+        return f"layer {self.workload}"
+
+    @property
+    def weight_elements(self) -> int:
+        """Elements of the base weights."""
+        return sum(site.in_features * site.out_features for site in self.model.sites.values())
+
+    def lora_cost(self, dtype: torch.dtype) -> Cost:
+        """The adapters' weights alone, each in use once: x and y are the GEMMs' already."""
+        elements = operations = 0
+        for slot, tokens in self.workload.tokens_of.items():
+            for site in self.model.sites.values():
+                per_rank = site.num_slices * site.in_features + site.out_features
+                elements += self.workload.ranks[slot] * per_rank
+                operations += 2 * len(tokens) * self.workload.ranks[slot] * per_rank
+        return Cost(elements * dtype.itemsize, operations)
+
+    def cost(self, dtype: torch.dtype) -> Cost:
+        tokens, lora = self.workload.num_tokens, self.lora_cost(dtype)
+        sites = self.model.sites.values()
+        activations = tokens * sum(site.in_features + site.out_features for site in sites)
+        elements = self.weight_elements + activations
+        return Cost(
+            elements * dtype.itemsize + lora.bytes,
+            2 * tokens * self.weight_elements + lora.operations,
+        )
+
+    def prepare(self, setting: Setting) -> Case:
+        sites = list(self.model.sites.values())
+        num_sets = setting.sets_for(self.weight_elements * setting.element_size, 0)
+        data = [DenseData.random(site, self.workload, setting, num_sets) for site in sites]
+        weights = [
+            torch.empty(
+                num_sets,
+                site.out_features,
+                site.in_features,
+                dtype=setting.dtype,
+                device=setting.device,
+            ).normal_(std=site.in_features**-0.5)
+            for site in sites
+        ]
+        layer = _Layer(self.workload, data, weights)
+        makers: dict[str, Callable[[], Candidate]] = {
+            BASE: partial(layer.candidate, _base, _nothing, has_lora=False),
+            BASE_ONLY: layer.without_adapters,
+            SITE_OP: layer.site_op,
+        }
+        for name, provider in dense_providers().items():
+            if provider is not Peft:
+                makers[name] = partial(layer.after, provider)
+        return Case(makers, layer.error, max(setting.tolerance, 1e-4), num_sets)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    workload: Workload
+    data: list[DenseData]
+    weights: list[Tensor]  # per site [sets, N, K]
+
+    def candidate(
+        self, runs: Sequence[SiteRun] | SiteRun, load: Callable[..., Any], has_lora: bool = True
+    ) -> Candidate:
+        """All sites with ``runs``, one for all or one each; ``load(site, A, B)`` once per set."""
+        each = list(runs) if isinstance(runs, Sequence) else [runs] * len(self.data)
+        num_sets = len(self.weights[0])
+        lora = [
+            [load(s, data.lora_a[i], data.lora_b[i]) for i in range(num_sets)]
+            for s, data in enumerate(self.data)
+        ]
+
+        def run(i: int) -> list[Tensor]:
+            return [
+                each[s](data.x[i], self.weights[s][i], lora[s][i])
+                for s, data in enumerate(self.data)
+            ]
+
+        def result(i: int) -> Tensor:
+            # Without adapters the deltas are added here, so that all are held against one result.
+            outputs = [y.float() for y in run(i)]
+            if not has_lora:
+                pairs = zip(outputs, self.data, strict=True)
+                outputs = [y + data.delta(i) for y, data in pairs]
+            return torch.cat(outputs, dim=1)
+
+        return Candidate(run, result, num_sets)
+
+    def after(self, provider_class: Any, workload: Workload | None = None) -> Candidate:
+        """Adapters added to the result of each GEMM."""
+        first = self.data[0].y0
+        chosen = self.workload if workload is None else workload
+        providers = [
+            provider_class(data.site, chosen, first.device, first.dtype) for data in self.data
+        ]
+
+        def run(provider: Any, x: Tensor, weight: Tensor, lora: Any) -> Tensor:
+            y = F.linear(x, weight)
+            provider.apply(y, x, lora)
+            return y
+
+        return self.candidate(
+            [partial(run, provider) for provider in providers],
+            lambda s, a, b: providers[s].load(a, b),
+            has_lora=workload is None,
+        )
+
+    def without_adapters(self) -> Candidate:
+        tokens = self.workload.num_tokens
+        return self.after(LoRAExt, replace(self.workload, token_slots=(-1,) * tokens))
+
+    def site_op(self) -> Candidate:
+        if not hasattr(torch.ops.lora_ext, SITE_OP):
+            raise Unsupported(f"this build has no {SITE_OP}")
+        first = self.data[0].y0
+        providers = [
+            LoRAExt(data.site, self.workload, first.device, first.dtype) for data in self.data
+        ]
+
+        def run(own: LoRAExt, x: Tensor, weight: Tensor, lora: Any) -> Tensor:
+            y: Tensor = torch.ops.lora_ext.lora_linear(
+                x,
+                weight,
+                None,
+                [lora[0]],
+                [lora[1]],
+                own.ranks,
+                own.scalings,
+                own.plan,
+                own.site.output_slices,
+                own.workload.max_rank,
+            )
+            return y
+
+        return self.candidate(
+            [partial(run, provider) for provider in providers], lambda s, a, b: (a, b)
+        )
+
+    def error(self, i: int, actual: Tensor) -> float:
+        outputs = [
+            data.x[i].float() @ weight[i].float().T + data.delta(i)
+            for data, weight in zip(self.data, self.weights, strict=True)
+        ]
+        return relative_error(actual, torch.cat(outputs, dim=1))
+
+
+def _base(x: Tensor, weight: Tensor, lora: Any) -> Tensor:
+    return F.linear(x, weight)
+
+
+def _nothing(*args: Any) -> None:
+    return None
+
+
+def layer_problems(model: str, ranks: Sequence[str] = ("16", "64")) -> list[LayerProblem]:
+    """The batches of the layer table, for each rank."""
+    return [
+        LayerProblem(GRID, MODELS[model], make_workload(tokens, adapters, rank, "even"))
+        for rank in ranks
+        for tokens, adapters in BATCHES
+    ]
+
+
+def run_layers(
+    problems: Sequence[LayerProblem],
+    args: argparse.Namespace,
+    device: torch.device,
+    emit: Callable[[str], Any],
+) -> list[Row]:
+    """Measure layers; each line is the GEMMs' time, and what each provider adds to it."""
+    setting, limits = settings_of(args, device)
+    wanted = None
+    if args.providers:
+        wanted = {*args.providers.split(","), BASE, BASE_ONLY, SITE_OP, OWN}
+    where = report.machine(setting, limits)
+    rows: list[Row] = []
+    columns: list[str] = []
+    for problem in problems:
+        row = measure(problem, setting, limits, providers=wanted, replays=args.replays)
+        rows.append(row)
+        if not columns:
+            columns = [name for name in row.providers if name != BASE]
+            emit(f"{where['device']}, {where['dtype']}, {problem.model.name}: added by LoRA, in %")
+            titles = "".join(f" {name:>13}" for name in columns)
+            emit(f"{'problem':<28} {'base µs':>8} {'bytes':>6}{titles}")
+        emit(_line(problem, row, columns, setting.dtype))
+        if args.json:
+            report.write(args.json, rows, where)
+    for text in report.notes(rows):
+        emit(text)
+    return rows
+
+
+def _line(problem: LayerProblem, row: Row, columns: Sequence[str], dtype: torch.dtype) -> str:
+    base = row.providers[BASE].us
+    share = 100 * problem.lora_cost(dtype).bytes / (problem.weight_elements * dtype.itemsize)
+    cells = [f"{problem.name:<28} {'-' if base is None else f'{base:.1f}':>8} {share:>+6.1f}"]
+    for name in columns:
+        measured = row.providers.get(name)
+        us = measured.us if measured else None
+        added = None if us is None or base is None else 100 * (us / base - 1)
+        cells.append(f"{'-' if added is None else f'{added:+.1f}':>13}")
+    return " ".join(cells)
