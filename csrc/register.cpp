@@ -31,4 +31,14 @@ STABLE_TORCH_LIBRARY(lora_ext, m) {
   m.def(
       "moe_lora_info_(Tensor(a!) token_slots, Tensor(b!) enabled, Tensor seg_indptr, "
       "Tensor seg_slots, Tensor ranks) -> ()");
+  m.def(
+      "moe_lora_align(Tensor topk_ids, Tensor token_slots, int num_slots, int num_experts, "
+      "Tensor? expert_map=None) -> Tensor");
+  m.def(
+      "moe_lora_align_(Tensor(a!) routing, Tensor topk_ids, Tensor token_slots, int num_slots, "
+      "int num_experts, Tensor? expert_map=None) -> ()");
+  m.def(
+      "moe_lora_apply_(Tensor(a!) y, Tensor x, Tensor[] lora_a, Tensor[] lora_b, Tensor ranks, "
+      "Tensor scalings, Tensor routing, int top_k, int[] output_slices, int max_rank, "
+      "int[]? column_starts=None, int column_stride=1, Tensor? topk_weights=None) -> ()");
 }

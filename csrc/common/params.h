@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "common/moe_routing.h"
 #include "common/plan.h"
 
 #ifdef __CUDACC__
@@ -182,6 +183,55 @@ struct MoeInfoParams {
   int64_t num_segments, num_slots, num_tokens;
   int32_t* token_slots;  // [num_tokens], the padding tail included
   int32_t* enabled;      // [L]
+  void* stream;
+};
+
+// Pairs sorted by (slot, expert), stably, into a routing buffer.
+struct MoeAlignParams {
+  const void* topk_ids;  // [T, k] int32 or int64; -1: not routed
+  bool ids_are_int64;
+  const int32_t* token_slots;  // [T]
+  const int32_t* expert_map;   // [num_global] id -> index of the weights or -1; null: ids are that
+  int64_t num_pairs;           // T * k
+  int32_t top_k, num_slots, num_experts, num_global;
+  int32_t* routing;
+  void* stream;
+};
+
+// One side (A or B) of an MoE module's adapters: a Factor for each expert. expert_stride is 0 where
+// all experts share one.
+struct MoeFactor : Factor {
+  int64_t expert_stride[kMaxSlices];
+
+  LORA_EXT_HOST_DEVICE int64_t row_offset(int slot, int expert, int slice, int rank,
+                                          int64_t row) const {
+    return Factor::row_offset(slot, slice, rank, row) + expert * expert_stride[slice];
+  }
+};
+
+// y[p, start_i + stride * n] += weight[p] * scaling * sum_jk x[p / x_divisor, k] A[j, k] B[n, j]
+// for the (slot, expert) of pair p, read and rounded once.
+struct MoeApplyParams {
+  const void* x;  // [P / x_divisor, K]
+  int64_t x_stride;
+  int32_t x_divisor;
+  void* y;  // [P, ...]
+  int64_t y_stride;
+  DType dtype, y_dtype;
+  MoeFactor a, b;
+  const int32_t* ranks;
+  const float* scalings;
+  const int32_t* routing;
+  int64_t num_pairs, in_features;
+  int32_t num_slots;
+  int32_t num_experts;  // of the weights; the most that an int32 holds where both sides are shared
+  Slices slices;
+  int64_t column_start[kMaxSlices];
+  int64_t column_stride;
+  int32_t max_rank;
+  const void* topk_weights;  // [P] or null
+  DType weights_dtype;
+  void* workspace;  // as many bytes as the kernel's workspace function asks for
   void* stream;
 };
 

@@ -15,10 +15,13 @@ void shrink_adapters(const ShrinkParams& params);
 void expand(const ExpandParams& params);
 void embedding(const EmbeddingParams& params);
 void moe_info(const MoeInfoParams& params);
+void moe_align(const MoeAlignParams& params);
 
 // apply needs `apply_workspace(params)` elements (fp32, or fp64 where dtype is) in
 // params.workspace.
 int64_t apply_workspace(const ApplyParams& params);
 void apply(const ApplyParams& params);
+int64_t moe_apply_workspace(const MoeApplyParams& params);  // bytes
+void moe_apply(const MoeApplyParams& params);
 
 }  // namespace lora_ext::cpu

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .backend import LoRABackend
     from .batch import LoRABatch
     from .integrations.hf import LoRAModel, wrap
+    from .moe_ops import moe_routing_size
     from .pool import AdapterPool
 
 _MODULES = (
@@ -45,6 +46,7 @@ _EXPORTS = {
     "LoRABatch": "batch",
     "LoRAModel": "integrations.hf",
     "load_adapter": "adapters",
+    "moe_routing_size": "moe_ops",
     "wrap": "integrations.hf",
 }
 
@@ -60,6 +62,7 @@ __all__ = [
     "compat",
     "layers",
     "load_adapter",
+    "moe_routing_size",
     "ops",
     "reference",
     "wrap",

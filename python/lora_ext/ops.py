@@ -33,6 +33,10 @@ import torch
 from torch import Tensor
 
 from lora_ext import _library as _library  # registers the operators, or says why it cannot
+from lora_ext.moe_ops import moe_lora_align as moe_lora_align
+from lora_ext.moe_ops import moe_lora_align_ as moe_lora_align_
+from lora_ext.moe_ops import moe_lora_apply_ as moe_lora_apply_
+from lora_ext.moe_ops import moe_routing_size as moe_routing_size
 
 MAX_SLICES = 8
 MAX_RANK = 1024
