@@ -35,7 +35,7 @@ _NEEDS_GPUS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=_NEEDS_GPUS)])
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=_NEEDS_GPUS)])
 def workers(request: pytest.FixtureRequest) -> Iterator[Workers]:
     """The processes of a tensor-parallel group, started when first used."""
     with Workers(request.param) as workers:

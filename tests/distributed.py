@@ -9,7 +9,8 @@ import multiprocessing
 import os
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -20,6 +21,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from lora_ext.layers import sharding
 
 WORLD_SIZE = 2
 _LIMIT_S = 180.0  # for one call
@@ -90,6 +94,37 @@ class Workers:
         if self._processes:
             self._directory.cleanup()
         self._pipes, self._processes = [], []
+
+
+def world() -> dist.ProcessGroup:
+    """The group of all processes, where one of them asks."""
+    group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
+@contextmanager
+def watched() -> Iterator[list[tuple[str, Tensor]]]:
+    """Record what collectives get; meanwhile memory that nobody has written is NaN."""
+    seen: list[tuple[str, Tensor]] = []
+    all_reduce, all_gather = dist.all_reduce, sharding._all_gather
+
+    def record_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(("all_reduce", tensor.clone()))
+        return all_reduce(tensor, *args, **kwargs)
+
+    def record_gather(output: Tensor, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(("all_gather", tensor.clone()))
+        return all_gather(output, tensor, *args, **kwargs)
+
+    dist.all_reduce, sharding._all_gather = record_reduce, record_gather
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty returns
+    try:
+        assert torch.empty(3).isnan().all()
+        yield seen
+    finally:
+        torch.use_deterministic_algorithms(False)
+        dist.all_reduce, sharding._all_gather = all_reduce, all_gather
 
 
 def _serve(pipe: Connection, rank: int, device: str, store: str) -> None:

@@ -1,153 +1,38 @@
-"""The layers of which each rank of a group holds a part: what they compute together is the whole.
+"""The linear layers of which each rank of a group holds a part: together they compute the whole.
 
 Each test runs on every rank, which knows the whole layer too and compares with it in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from distributed import Workers
-from generators import NAN, Module, generator, make_module, randn
-from lora_ext import LoRABatch
+from distributed import Workers, watched, world
+from generators import NAN
+from layer_problems import (
+    DTYPES,
+    MAX_RANK,
+    NUM_SLOTS,
+    RANKS,
+    SLOTS,
+    Problem,
+    make_batch,
+    sum_of,
+)
 from lora_ext.layers import (
     LoRAColumnParallelLinear,
+    LoRALMHead,
     LoRAModule,
     LoRAQKVParallelLinear,
     LoRARowParallelLinear,
 )
-from numerics import (
-    Expected,
-    assert_close,
-    assert_same_bits,
-    expected_expand,
-    expected_shrink,
-    half_ulp,
-    sum_error,
-)
-
-RANKS = [3, 0, 16, 8]
-NUM_SLOTS = len(RANKS)
-MAX_RANK = 16
-DTYPES = [torch.float32, torch.bfloat16]
-SLOTS = [0, 2, -1, 2, 3, 1, 0, -1, 3, 2, 2]  # of the batch's tokens; padding behind it
-NUM_PADDING = 5
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A whole linear layer with its adapters, and a batch: the same on every rank."""
-
-    linear: nn.Linear
-    module: Module
-    x: Tensor
-
-    @classmethod
-    def random(
-        cls,
-        in_features: int,
-        output_slices: list[int],
-        dtype: torch.dtype,
-        device: str,
-        bias: bool = True,
-    ) -> Problem:
-        gen = generator("parallel", in_features, output_slices)
-        linear = nn.Linear(in_features, sum(output_slices), bias=bias, device=device, dtype=dtype)
-        with torch.no_grad():
-            for parameter in linear.parameters():
-                values = torch.randn(parameter.shape, generator=gen) * in_features**-0.5
-                parameter.copy_(values)
-        x = randn((len(SLOTS) + NUM_PADDING, in_features), dtype, device, gen)
-        module = make_module(RANKS, in_features, output_slices, dtype, device, max_rank=MAX_RANK)
-        return cls(linear, module, x)
-
-    def load(self, layer: LoRAModule) -> None:
-        """Write all adapters, given whole, into slots that were NaN."""
-        layer.lora_a.fill_(NAN)
-        layer.lora_b.fill_(NAN)
-        for slot, rank in enumerate(RANKS):
-            if rank:
-                layer.write_slot(
-                    slot, torch.cat(self.module.a[slot]), torch.cat(self.module.b[slot])
-                )
-            layer.set_slot(slot, rank, float(self.module.scalings[slot]))
-
-    def expected(self, columns: slice | None = None, dtype: torch.dtype | None = None) -> Expected:
-        """The layer's output from these columns of x (all, if None), rounded once to ``dtype``."""
-        columns = slice(None) if columns is None else columns
-        x, weight = self.x[:, columns], self.linear.weight[:, columns].detach()
-        dtype = x.dtype if dtype is None else dtype
-        base = x.double() @ weight.double().T
-        magnitude = x.double().abs() @ weight.double().abs().T
-        if self.linear.bias is not None and not columns.start:
-            base += self.linear.bias.detach().double()
-        base_error = sum_error(x.shape[1], magnitude, x.dtype)
-        base_error += half_ulp(base.abs() + base_error, dtype)
-        slots = torch.tensor(SLOTS + [-1] * NUM_PADDING, device=x.device)
-        packed = self.module.weights("packed")
-        lora_a = [packed.lora_a[0][..., columns]]
-        rest = (self.module.ranks, self.module.scalings, slots)
-        num_slices = len(self.module.output_slices)
-        xa = expected_shrink(x, lora_a, *rest, num_slices, MAX_RANK)
-        y = expected_expand(
-            base, xa, packed.lora_b, self.module.ranks, slots, self.module.output_slices
-        )
-        error = base_error + y.error
-        return Expected(y.value, error + half_ulp(y.value.abs() + error, dtype))
-
-
-def sum_of(parts: list[Expected], dtype: torch.dtype) -> Expected:
-    """What an all-reduce makes of the ranks' parts: a rounding for each addition."""
-    value, error = parts[0].value, parts[0].error
-    for part in parts[1:]:
-        value, error = value + part.value, error + part.error
-        error = error + half_ulp(value.abs() + error, dtype)
-    return Expected(value, error)
-
-
-def make_batch(device: str) -> LoRABatch:
-    batch = LoRABatch(64, NUM_SLOTS, device)
-    batch.update(SLOTS)
-    return batch
-
-
-@contextmanager
-def watched() -> Iterator[list[tuple[str, Tensor]]]:
-    """Record what collectives get; meanwhile memory that nobody has written is NaN."""
-    seen: list[tuple[str, Tensor]] = []
-    all_reduce, all_gather = dist.all_reduce, dist.all_gather_into_tensor
-
-    def record_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        seen.append(("all_reduce", tensor.clone()))
-        return all_reduce(tensor, *args, **kwargs)
-
-    def record_gather(output: Tensor, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        seen.append(("all_gather", tensor.clone()))
-        return all_gather(output, tensor, *args, **kwargs)
-
-    dist.all_reduce, dist.all_gather_into_tensor = record_reduce, record_gather
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty returns
-    try:
-        assert torch.empty(3).isnan().all()
-        yield seen
-    finally:
-        torch.use_deterministic_algorithms(False)
-        dist.all_reduce, dist.all_gather_into_tensor = all_reduce, all_gather
-
-
-def group() -> dist.ProcessGroup:
-    world = dist.group.WORLD
-    assert world is not None
-    return world
-
+from numerics import Expected, assert_close, assert_same_bits
 
 # ---- column-parallel, stacked, q k v
 
@@ -180,7 +65,7 @@ def check_stacked(
             problem.linear,
             NUM_SLOTS,
             MAX_RANK,
-            group=group(),
+            group=world(),
             output_sizes=sizes,
             num_shards=num_shards,
         )
@@ -209,7 +94,7 @@ def check_qkv(device: str, dtype: torch.dtype, num_heads: int, num_kv_heads: int
             head_size=6,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
-            group=group(),
+            group=world(),
         )
         rank, size = dist.get_rank(), dist.get_world_size()
         q, k, v = layer.outputs
@@ -237,7 +122,7 @@ def test_qkv_with_more_and_fewer_kv_heads_than_ranks(
 
 def check_row_parallel(device: str, dtype: torch.dtype, bias: bool) -> None:
     problem = Problem.random(48, [40], dtype, device, bias)
-    layer = LoRARowParallelLinear.from_full(problem.linear, NUM_SLOTS, MAX_RANK, group=group())
+    layer = LoRARowParallelLinear.from_full(problem.linear, NUM_SLOTS, MAX_RANK, group=world())
     problem.load(layer)
     columns = [slice(i * 24, (i + 1) * 24) for i in range(dist.get_world_size())]
     x = problem.x[:, columns[dist.get_rank()]].contiguous()
@@ -278,7 +163,7 @@ def check_given_shards(device: str) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
     kinds = (LoRAColumnParallelLinear, LoRARowParallelLinear)
     for kind in kinds:
-        cut = kind.from_full(problem.linear, NUM_SLOTS, MAX_RANK, group=group())
+        cut = kind.from_full(problem.linear, NUM_SLOTS, MAX_RANK, group=world())
         dim = kinds.index(kind)
         n, k = [(40 // size, 48), (40, 48 // size)][dim]
         base = nn.Linear(k, n, bias=dim == 0 or rank == 0, device=device)
@@ -288,7 +173,7 @@ def check_given_shards(device: str) -> None:
                 base.bias.copy_(
                     problem.linear.bias.chunk(size)[rank] if dim == 0 else problem.linear.bias
                 )
-        given = kind(base, NUM_SLOTS, MAX_RANK, group=group())
+        given = kind(base, NUM_SLOTS, MAX_RANK, group=world())
         assert (given.inputs, given.outputs) == (cut.inputs, cut.outputs)
         outputs = []
         for layer in (cut, given):
@@ -301,3 +186,84 @@ def check_given_shards(device: str) -> None:
 
 def test_base_modules_that_are_shards_already(workers: Workers) -> None:
     workers.run(check_given_shards)
+
+
+# ---- what does not divide
+
+
+def check_refusals(device: str) -> None:
+    def linear(n: int, k: int, bias: bool = False) -> nn.Linear:
+        return nn.Linear(k, n, bias=bias, device=device)
+
+    column, qkv, row = LoRAColumnParallelLinear, LoRAQKVParallelLinear, LoRARowParallelLinear
+    heads = {"head_size": 4, "num_heads": 4, "num_kv_heads": 2}
+    cases: list[tuple[str, Callable[..., LoRAModule], nn.Module, dict[str, Any]]] = [
+        (r"output_sizes\[0\] is 7, .* into 2 pieces", column.from_full, linear(7, 8), {}),
+        (
+            r"output_sizes\[1\] is 3, .* into 2 pieces",
+            column.from_full,
+            linear(7, 8),
+            {"output_sizes": [4, 3]},
+        ),
+        (
+            r"output_sizes \[4, 4\] sum to 8, the layer has 7",
+            column.from_full,
+            linear(7, 8),
+            {"output_sizes": [4, 4]},
+        ),
+        (
+            r"base has 8 output features, expected 4: the shard of output_sizes \[4, 4\] on one "
+            "of 2",
+            column,
+            linear(8, 8),
+            {"output_sizes": [4, 4]},
+        ),
+        (
+            r"num_shards is \[3\], expected a divisor of the 2 ranks for each of 1 slices",
+            column.from_full,
+            linear(6, 8),
+            {"num_shards": [3]},
+        ),
+        (
+            "3 attention heads do not divide among 2",
+            qkv.from_full,
+            linear(28, 8),
+            {**heads, "num_heads": 3},
+        ),
+        (
+            "3 kv heads do not divide among 2",
+            qkv.from_full,
+            linear(48, 8),
+            {**heads, "num_heads": 6, "num_kv_heads": 3},
+        ),
+        ("base has 32 output features, expected 16", qkv, linear(32, 8), heads),
+        ("in_features is 7, .* into 2 pieces", row.from_full, linear(8, 7), {}),
+        (
+            "2 times 3 rows have no room for 7",
+            LoRALMHead,
+            linear(3, 8),
+            {"vocab_size": 7},
+        ),
+        ("cuts an nn.Linear, got Sequential", row.from_full, nn.Sequential(), {}),
+    ]
+    if dist.get_rank() == 1:
+        cases.append(("base has a bias on rank 1: expected on rank 0", row, linear(8, 8, True), {}))
+    for message, make, base, layout in cases:
+        with pytest.raises(ValueError, match=message):
+            make(base, NUM_SLOTS, MAX_RANK, group=world(), **layout)
+
+
+def test_what_does_not_divide_is_refused_with_its_sizes(workers: Workers) -> None:
+    workers.run(check_refusals)
+
+
+def check_no_gradient(device: str) -> None:
+    layer = LoRARowParallelLinear.from_full(
+        nn.Linear(8, 8, device=device), NUM_SLOTS, MAX_RANK, group=world()
+    )
+    with pytest.raises(RuntimeError, match="no gradient goes through their exchange"):
+        layer(torch.zeros(2, 4, device=device, requires_grad=True))
+
+
+def test_gradients_are_refused(workers: Workers) -> None:
+    workers.run(check_no_gradient)

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from .adapters import Adapter, AdapterError, LoRAWeights
-from .layers import LoRAEmbedding, LoRAModule, LoRASlice
+from .layers import LoRAEmbedding, LoRAModule, LoRASlice, LoRAVocabParallelEmbedding
+
+
+class PlacedRows(NamedTuple):
+    """Rows ``[x, D]`` that an adapter has for the tokens it adds to an embedding."""
+
+    layer: LoRAVocabParallelEmbedding
+    rows: Tensor
 
 
 class PlacedWeights(NamedTuple):
@@ -22,7 +29,14 @@ class PlacedWeights(NamedTuple):
     scaling: float
 
 
-def place(adapter: Adapter, targets: Mapping[str, LoRASlice], max_rank: int) -> list[PlacedWeights]:
+class Placement(NamedTuple):
+    """What an adapter has for each layer."""
+
+    weights: list[PlacedWeights]
+    added_rows: list[PlacedRows]
+
+
+def place(adapter: Adapter, targets: Mapping[str, LoRASlice], max_rank: int) -> Placement:
     """Check a whole adapter and bring each layer's part to its device and dtype; writes nothing.
 
     Args:
@@ -45,9 +59,14 @@ def place(adapter: Adapter, targets: Mapping[str, LoRASlice], max_rank: int) -> 
             if of_layer[index] is not None:
                 raise AdapterError(f"{where}: another module has weights for the same projection")
             of_layer[index] = part
-    for name, tensor in adapter.base_weights.items():
+    added_rows = [
         _check_base_weight(adapter.source, name, targets.get(name), tensor)
-    return [_place(layer, of_layer) for layer, of_layer in parts.items()]
+        for name, tensor in adapter.base_weights.items()
+    ]
+    return Placement(
+        [_place(layer, of_layer) for layer, of_layer in parts.items()],
+        [placed for placed in added_rows if placed is not None],
+    )
 
 
 def stack(parts: Sequence[LoRAWeights | None], sizes: Sequence[int]) -> LoRAWeights:
@@ -116,10 +135,25 @@ def _place(layer: LoRAModule, parts: Sequence[LoRAWeights | None]) -> PlacedWeig
     return PlacedWeights(layer, lora_a, lora_b, whole.rank, whole.scaling)
 
 
-def _check_base_weight(source: str, name: str, target: LoRASlice | None, tensor: Tensor) -> None:
-    """PEFT would put such a weight in place of the model's: fine where they are equal."""
-    if target is None or target.index is not None or not target.layer.has_base_weight(tensor):
+def _check_base_weight(
+    source: str, name: str, target: LoRASlice | None, tensor: Tensor
+) -> PlacedRows | None:
+    """Check a weight that PEFT would put in place of the model's: fine where they are equal.
+
+    Behind those of an embedding that holds added tokens there may be theirs, which are returned.
+    """
+    layer = target.layer if target is not None and target.index is None else None
+    known, added = tensor, None
+    if isinstance(layer, LoRAVocabParallelEmbedding) and tensor.dim() == 2:
+        known, rows = tensor[: layer.vocab_size], tensor[layer.vocab_size :]
+        if 0 < len(rows) <= layer.num_added_tokens:
+            like = layer.lora_a
+            added = PlacedRows(layer, rows.detach().to(like.device, like.dtype))
+        elif len(rows):
+            layer = None
+    if layer is None or not layer.has_base_weight(known):
         raise AdapterError(
             f"{source}: it brings its own base weight {list(tensor.shape)} for {name!r}, which is "
             "not the model's (an embedding that was resized or trained?)"
         )
+    return added

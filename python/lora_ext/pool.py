@@ -9,7 +9,7 @@ from itertools import count
 from threading import RLock
 from typing import NamedTuple
 
-from ._placement import PlacedWeights, place
+from ._placement import Placement, place
 from .adapters import Adapter
 from .layers import LoRAModule, LoRASlice
 
@@ -212,21 +212,25 @@ class AdapterPool:
         oldest = min(idle, key=lambda name: self._entries[name].last_used)
         return self._entries.pop(oldest).slot
 
-    def _write(self, entry: _Entry, adapter: Adapter, placed: Sequence[PlacedWeights]) -> None:
+    def _write(self, entry: _Entry, adapter: Adapter, placed: Placement) -> None:
         """Fill a slot; should the device fail on the way, the slot is left without an adapter."""
         entry.rank = entry.num_modules = entry.num_bytes = 0
         self._clear(entry.slot)
         try:
-            for part in placed:
+            for part in placed.weights:
                 part.layer.write_shard(entry.slot, part.lora_a, part.lora_b)
-            for part in placed:
+            for part in placed.weights:
                 part.layer.set_slot(entry.slot, part.rank, part.scaling)
+            for layer, rows in placed.added_rows:
+                layer.write_added_tokens(entry.slot, rows)
         except BaseException:
             self._clear(entry.slot)
             raise
         entry.rank = adapter.max_rank
         entry.num_modules = len(adapter.modules)
-        entry.num_bytes = sum(part.lora_a.nbytes + part.lora_b.nbytes for part in placed)
+        tensors = [t for part in placed.weights for t in (part.lora_a, part.lora_b)]
+        tensors += [part.rows for part in placed.added_rows]
+        entry.num_bytes = sum(tensor.nbytes for tensor in tensors)
 
     def _clear(self, slot: int) -> None:
         for layer in self.layers:

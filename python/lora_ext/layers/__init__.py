@@ -10,6 +10,7 @@ from .parallel_linear import (
     LoRARowParallelLinear,
 )
 from .routing import Routing, RowPlans
+from .vocab_parallel import LoRAVocabParallelEmbedding
 
 # What engines call a column-parallel layer of several slices, and a layer that no rank cuts.
 LoRAMergedColumnParallelLinear = LoRAColumnParallelLinear
@@ -26,6 +27,7 @@ __all__ = [
     "LoRAReplicatedLinear",
     "LoRARowParallelLinear",
     "LoRASlice",
+    "LoRAVocabParallelEmbedding",
     "Routing",
     "RowPlans",
 ]

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+# The first is its name since torch 2.13.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 class Shard(NamedTuple):
     """The stretch of a dimension that a rank holds.
 
@@ -88,9 +92,11 @@ class TensorParallel:
         if self.size == 1:
             return y
         _require_inference(y)
-        parts = y.new_empty((self.size, *y.shape))
-        dist.all_gather_into_tensor(parts, y.contiguous(), group=self.group)
-        return parts.movedim(0, -2).flatten(-2)
+        rows = y.reshape(-1, y.shape[-1])
+        parts = y.new_empty((self.size * rows.shape[0], y.shape[-1]))
+        _all_gather(parts, rows.contiguous(), group=self.group)
+        side_by_side = parts.view(self.size, *y.shape).movedim(0, -2)
+        return side_by_side.reshape(*y.shape[:-1], self.size * y.shape[-1])
 
     def all_agree(self, verdict: bool, device: torch.device) -> bool:
         """Whether every rank says yes; the ranks wait for each other."""
