@@ -244,7 +244,7 @@ def check_refusals(device: str) -> None:
             linear(3, 8),
             {"vocab_size": 7},
         ),
-        ("cuts an nn.Linear, got Sequential", row.from_full, nn.Sequential(), {}),
+        ("cuts nn.Linear, got Sequential", row.from_full, nn.Sequential(), {}),
     ]
     if dist.get_rank() == 1:
         cases.append(("base has a bias on rank 1: expected on rank 0", row, linear(8, 8, True), {}))

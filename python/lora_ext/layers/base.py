@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,7 @@ class LoRAModule(nn.Module):
     lora_b: Tensor
     ranks: Tensor
     scalings: Tensor
+    _whole_type: ClassVar[type[nn.Module]] = nn.Linear
 
     def __init__(
         self,
@@ -109,6 +110,11 @@ class LoRAModule(nn.Module):
         **layout: Any,
     ) -> Layer:
         """Cut this rank's shard, a copy, out of a whole base module; the rest as in the class."""
+        if type(full) is not cls._whole_type:
+            raise ValueError(
+                f"from_full cuts nn.{cls._whole_type.__name__}, got {type(full).__name__}: cut it "
+                "yourself, and give the shard as base"
+            )
         base, layout = cls._cut(full, **layout)
         make: Callable[..., Layer] = cls
         return make(base, num_slots, max_rank, routing, **layout)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,8 @@ class LoRAEmbedding(LoRAModule):
 
     ``lora_a`` is ``[L, V, R]``, so that one id's values lie side by side; ``lora_b`` ``[L, D, R]``.
     """
+
+    _whole_type: ClassVar[type[nn.Module]] = nn.Embedding
 
     def __init__(
         self,
