@@ -152,14 +152,7 @@ def wrap(
     Raises:
         ValueError: the model is wrapped already, is PEFT's, spans devices, or has no such layer.
     """
-    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError("the model has PEFT adapters in it: wrap the base model instead")
-    if any(isinstance(module, LoRAModule) for module in model.modules()):
-        raise ValueError("the model is wrapped already")
-    devices = {str(parameter.device) for parameter in model.parameters()}
-    if len(devices) != 1 or "meta" in devices:
-        raise ValueError(f"the model must be on one device, its parameters are on {devices}")
-
+    require_plain(model)
     routing = Routing()
     selected = _select(model, target_modules)
     layers: dict[nn.Module, LoRAModule] = {}
@@ -174,6 +167,17 @@ def wrap(
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
     return LoRAModel(model, pool, routing)
+
+
+def require_plain(model: PreTrainedModel) -> None:
+    """Raise ValueError unless the model is on one device and has no adapters in it yet."""
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError("the model has PEFT adapters in it: wrap the base model instead")
+    if any(isinstance(module, LoRAModule) for module in model.modules()):
+        raise ValueError("the model is wrapped already")
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if len(devices) != 1 or "meta" in devices:
+        raise ValueError(f"the model must be on one device, its parameters are on {devices}")
 
 
 def _select(model: PreTrainedModel, targets: Sequence[str] | None) -> dict[str, nn.Module]:
