@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
 from conftest import why_no_gpu
-from lora_ext.benchmarking import grids, layer, report
+from lora_ext.benchmarking import end_to_end, grids, layer, report
 from lora_ext.benchmarking.case import Candidate, Case, Cost, Problem, Setting, relative_error
+from lora_ext.benchmarking.decoder import Decoder
 from lora_ext.benchmarking.dense import APPLY, EXPAND, SHRINK, DenseProblem
 from lora_ext.benchmarking.embedding import EmbeddingProblem
 from lora_ext.benchmarking.floor import H200, Limits
@@ -25,6 +31,15 @@ from lora_ext.cli import main
 CPU = torch.device("cpu")
 SMALL = replace(Setting.of(CPU, torch.float32), max_sets=3)
 TINY = MODELS["tiny"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Times mean nothing here, and threads that wait for each other take long on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 # ---- shapes
@@ -312,3 +327,110 @@ def test_a_gpu_run_is_captured_and_has_a_floor(tmp_path: Path) -> None:
     for r in data["rows"]:
         assert r["floor_us"] > 1 and r["providers"]["lora_ext"]["captured"]
         assert r["us"] > 0.5
+
+
+# ---- a model's step
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_is_right_with_every_provider(dtype: torch.dtype) -> None:
+    setting = replace(SMALL, dtype=dtype)
+    decoder = Decoder.random(TINY, 2, CPU, dtype)
+    decoder.start(batch=6, context=9)
+    few, many = end_to_end.step_workloads(6, [1, 32], "8")
+    assert few.num_slots == many.num_slots == 32
+    adapters = end_to_end.Adapters(decoder, few)
+    for workload in (few, many):
+        problem = end_to_end.StepProblem("test", decoder, adapters, workload)
+        result = measure(problem, setting, None, replays=1)
+        assert not [m.note for m in result.providers.values() if m.failed]
+        timed = {name for name, measured in result.providers.items() if measured.us}
+        assert {"without", "base_only", "lora_ext", "torch_loop"} <= timed
+        assert ("peft_one" in timed) == ("peft" in timed and workload is few)
+
+
+def test_a_step_without_its_adapters_would_be_noticed() -> None:
+    decoder = Decoder.random(TINY, 2, CPU, torch.float32)
+    decoder.start(batch=6, context=9)
+    (workload,) = end_to_end.step_workloads(6, [4], "8")
+    adapters = end_to_end.Adapters(decoder, workload)
+    problem = end_to_end.StepProblem("test", decoder, adapters, workload)
+    with torch.no_grad():
+        case = problem.prepare(SMALL)
+        ids = torch.arange(6) * 7919 % TINY.vocab_size
+        assert case.error(0, decoder.step(ids, decoder.base_linear)) > 0.3
+
+
+# ---- the scripts beside them
+
+
+def script(name: str) -> Any:
+    """A script of benchmarks/ as a module; skips where the sources are not there."""
+    path = Path(__file__).parent.parent / "benchmarks" / f"{name}.py"
+    if not path.exists():
+        pytest.skip("needs the source tree: benchmarks/ is not here")
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_plot_draws_every_problem_where_it_belongs(tmp_path: Path) -> None:
+    plot = script("plot")
+    path = tmp_path / "run.json"
+    rows = [row("a", 4.0, 8.0), row("b", 4.0, 2.0), row("c", 3.0, None)]
+    report.write(path, rows, {"device": "none"})
+    points = plot.read(path)
+    assert [(p.us, p.other, p.floor) for p in points] == [
+        (4.0, 8.0, 2.0),
+        (4.0, 2.0, 2.0),
+        (3.0, None, 2.0),
+    ]
+    svg = ElementTree.fromstring(plot.draw(points, "a < b & c"))
+    space = "{http://www.w3.org/2000/svg}"
+    # Two speedups; three own and two other distances from the floor; two in the legend.
+    assert len(svg.findall(f"{space}circle")) == 2 + 3 + 2 + 2
+    texts = [text.text for text in svg.findall(f"{space}text")]
+    assert "decode" in texts and "a < b & c" in texts and "3 problems" in texts
+    assert "1.00\N{MULTIPLICATION SIGN}" in texts
+    axis = plot.Axis(100.0, 0.5, 2.0)
+    assert axis.at(0.5) == 100 and axis.at(1.0) == 100 + plot.PANEL / 2 and axis.at(9) == axis.at(2)
+
+
+def test_plot_reads_the_committed_results() -> None:
+    plot = script("plot")
+    (path,) = (Path(plot.__file__).parent / "results").glob("h200_2026-11-21.csv")
+    points = plot.read(path)
+    assert {point.grid for point in points} == {"decode", "prefill", "embed"}
+    ElementTree.fromstring(plot.draw(points, ""))
+
+
+LOG = """\
+[1/2] nvcc -Xptxas=-v x.cu
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_ZN8lora_ext6shrinkIfLi4EEEvNS_6ParamsEi' for 'sm_90a'
+ptxas info    : Function properties for _ZN8lora_ext6shrinkIfLi4EEEvNS_6ParamsEi
+    8 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads
+ptxas info    : Function properties for some_callee
+    64 bytes stack frame, 99 bytes spill stores, 99 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 8 bytes cumulative stack size, 2048 bytes smem
+ptxas info    : Compile time = 12.021 ms
+ptxas info    : Compiling entry function '_ZN8lora_ext4cuda4planEv' for 'sm_80'
+ptxas info    : Function properties for _ZN8lora_ext4cuda4planEv
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 32 registers, 400 bytes cmem[0]
+"""
+
+
+def test_resources_of_a_build_log() -> None:
+    resources = script("resources")
+    first, second = resources.parse(LOG.splitlines())
+    assert (first.architecture, first.registers, first.shared) == ("sm_90a", 40, 2048)
+    assert (first.stack, first.spill_stores, first.spill_loads) == (8, 12, 16)
+    assert (second.architecture, second.registers, second.shared) == ("sm_80", 32, 0)
+    demangled = "void lora_ext::cuda::(anonymous namespace)::f<__nv_bfloat16, (int)4>(lora_ext::P)"
+    assert resources.short(demangled) == "f<bf16, 4>"
+    text = resources.table([first, second])
+    assert "2 kernels, 1 with spills" in text and "| sm_90a | 40 | 12 + 16 | 2048 |" in text
