@@ -96,11 +96,9 @@ class Workers:
         self._pipes, self._processes = [], []
 
 
-def world() -> dist.ProcessGroup:
-    """The group of all processes, where one of them asks."""
-    group = dist.group.WORLD
-    assert group is not None
-    return group
+def world() -> dist.ProcessGroup | None:
+    """The group of all processes where one of them asks; None elsewhere."""
+    return dist.group.WORLD if dist.is_initialized() else None
 
 
 @contextmanager

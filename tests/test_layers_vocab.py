@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from distributed import Workers, watched, world
-from generators import NAN, generator, make_module, randn
+from generators import NAN, generator, make_module, on_devices, randn
 from layer_problems import DTYPES, MAX_RANK, NUM_SLOTS, RANKS, SLOTS, Problem, make_batch
 from lora_ext import LoRABatch
 from lora_ext.layers import LoRALMHead, LoRAVocabParallelEmbedding
@@ -97,7 +96,7 @@ def check_embedding(
         table.embedding, NUM_SLOTS, MAX_RANK, group=world(), num_added_tokens=NUM_ADDED
     )
     table.load(layer)
-    rank, size = dist.get_rank(), dist.get_world_size()
+    rank, size = layer.parallel.rank, layer.parallel.size
     rows = layer.base.num_embeddings
     edges = {0, rows - 1, rows, vocab_size - 1, vocab_size // 2}
     tokens = sorted(i for i in edges if i < vocab_size)
@@ -111,12 +110,12 @@ def check_embedding(
         y = layer(given)
     assert_close(y, table.expected(ids, slots, y))
     # One reduction, in which a token that another rank holds counts for exactly nothing.
-    ((kind, buffer),) = seen
-    assert kind == "all_reduce"
+    assert [kind for kind, _ in seen] == ["all_reduce"] * (size > 1)
     holder = [min(token // rows, size - 1) if token < vocab_size else size - 1 for token in ids]
     elsewhere = [t for t, owner in enumerate(holder) if owner != rank]
-    assert elsewhere
-    assert_same_bits(buffer[elsewhere], torch.zeros_like(buffer[elsewhere]))
+    assert bool(elsewhere) == (size > 1)
+    for _, buffer in seen:
+        assert_same_bits(buffer[elsewhere], torch.zeros_like(buffer[elsewhere]))
     # Without adapter: the base's bits.
     untouched = [t for t, slot in enumerate(slots) if slot < 0]
     rows_of_base = [table.base_row(ids[t], -1) for t in untouched]
@@ -136,6 +135,12 @@ def check_embedding(
 def test_embedding(workers: Workers, dtype: torch.dtype, vocab_size: int) -> None:
     id_dtype = torch.int32 if vocab_size == 65 else torch.int64
     workers.run(check_embedding, dtype, vocab_size, id_dtype)
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_embedding_of_one_process(device: str, dtype: torch.dtype) -> None:
+    check_embedding(device, dtype, 65, torch.int64)
 
 
 # ---- the output projection
@@ -158,8 +163,7 @@ def check_lm_head(
         layer.weight[layer.out_features :] = NAN  # padding
     with layer.routing.using(make_batch(device)), torch.no_grad(), watched() as seen:
         logits = layer(problem.x)
-    ((kind, _),) = seen
-    assert kind == "all_gather"
+    assert [kind for kind, _ in seen] == ["all_gather"] * (layer.parallel.size > 1)
     wanted = dtype if logits_dtype is None else logits_dtype
     assert logits.dtype == wanted and logits.shape == (len(problem.x), vocab_size)
     assert_close(logits, problem.expected(dtype=wanted))
@@ -181,6 +185,12 @@ def test_float32_logits_are_never_rounded_to_half_precision(
     workers: Workers, dtype: torch.dtype, bias: bool
 ) -> None:
     workers.run(check_lm_head, dtype, 131, 40, torch.float32, bias)
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_logits_of_one_process(device: str, dtype: torch.dtype) -> None:
+    check_lm_head(device, dtype, 131, 40, torch.float32, True)
 
 
 def test_lm_head_of_a_large_vocabulary(workers: Workers) -> None:
@@ -221,3 +231,8 @@ def check_pruned_rows(device: str) -> None:
 
 def test_pruned_rows_have_their_own_adapters(workers: Workers) -> None:
     workers.run(check_pruned_rows)
+
+
+@on_devices
+def test_pruned_rows_in_one_process(device: str) -> None:
+    check_pruned_rows(device)

@@ -380,6 +380,17 @@ def test_wrap_refuses(directories: dict[str, Path]) -> None:
         wrap(model)
 
 
+def test_dora_is_refused_with_a_sentence(tmp_path: Path) -> None:
+    model = tiny_model()
+    dora = save_adapter(model, tmp_path, r=4, target_modules=["q_proj"], use_dora=True)
+    lora = wrapped(model, {})
+    with pytest.raises(
+        lora_ext.AdapterError, match="use_dora = True is not supported: DoRA rescales"
+    ):
+        lora.load_adapter("dora", dora)
+    assert not lora.adapters
+
+
 def test_flattened_tokens_by_a_batch_plan() -> None:
     """An engine routes a LoRABatch of requests: one plan for every layer, tokens flattened."""
     torch.manual_seed(0)

@@ -23,7 +23,7 @@ _UNSUPPORTED = {
     "monteclora_config": "MonteCLoRA samples around the adapter",
     "trainable_token_indices": "single rows of the embedding are replaced",
     "use_bdlora": "block-diagonal factors are stored in another layout",
-    "use_dora": "DoRA rescales the base weights",
+    "use_dora": "DoRA rescales base and adapter together; merge it into a model instead",
     "use_qalora": "QA-LoRA pools the input features",
 }
 

@@ -194,7 +194,7 @@ class LoRAModule(nn.Module):
         """Whether a whole base weight is the one in force; asks all ranks, so all must call it."""
         part = self._part_of_base(given)
         same = part is not None and _equal(self.weight.detach()[: len(part)], part)
-        return self.parallel.all_agree(same, self.ranks.device)
+        return self.parallel.all_agree(same)
 
     def _part_of_base(self, given: Tensor) -> Tensor | None:
         """Return this rank's part of a whole base weight; None where it is of another shape."""

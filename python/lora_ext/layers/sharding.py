@@ -98,13 +98,13 @@ class TensorParallel:
         side_by_side = parts.view(self.size, *y.shape).movedim(0, -2)
         return side_by_side.reshape(*y.shape[:-1], self.size * y.shape[-1])
 
-    def all_agree(self, verdict: bool, device: torch.device) -> bool:
+    def all_agree(self, verdict: bool) -> bool:
         """Whether every rank says yes; the ranks wait for each other."""
         if self.size == 1:
             return verdict
-        votes = torch.tensor([verdict], dtype=torch.int32, device=device)
-        dist.all_reduce(votes, dist.ReduceOp.MIN, group=self.group)
-        return bool(votes.item())
+        votes = [False] * self.size
+        dist.all_gather_object(votes, verdict, group=self.group)
+        return all(votes)
 
 
 def _require_inference(y: Tensor) -> None:
