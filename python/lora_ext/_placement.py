@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -53,7 +54,7 @@ def place(adapter: Adapter, targets: Mapping[str, LoRASlice], max_rank: int) -> 
         target = targets.get(name)
         if target is None:
             raise AdapterError(f"{where}: the model has no layer of this name that takes adapters")
-        _check(where, target, weights, max_rank)
+        weights = _checked(where, target, weights, max_rank)
         of_layer = parts.setdefault(target.layer, [None] * len(target.layer.outputs))
         for index, part in _of_slices(target, weights):
             if of_layer[index] is not None:
@@ -77,11 +78,13 @@ def stack(parts: Sequence[LoRAWeights | None], sizes: Sequence[int]) -> LoRAWeig
     ``rank_pattern``), B takes the difference.
 
     Args:
-        parts: A ``[r_i, K]`` and B ``[N_i, r_i]`` of each slice, at least one.
+        parts: A ``[r_i, K]`` and B ``[N_i, r_i]`` of each slice, at least one; stacks of them for
+            experts.
         sizes: N_i.
 
     Returns:
-        A ``[S * r, K]`` with slice i in rows ``i * r`` and following, and B ``[sum N_i, r]``.
+        A ``[S * r, K]`` with slice i in rows ``i * r`` and following, and B ``[sum N_i, r]``, or
+        stacks of them.
     """
     given = [part for part in parts if part is not None]
     if len(parts) == 1:
@@ -89,18 +92,23 @@ def stack(parts: Sequence[LoRAWeights | None], sizes: Sequence[int]) -> LoRAWeig
     rank = max(part.rank for part in given)
     scaling = max((part.scaling for part in given), key=abs)
     first = given[0]
-    lora_a = first.lora_a.new_zeros((len(parts), rank, first.lora_a.shape[1]))
-    lora_b = first.lora_b.new_zeros((sum(sizes), rank))
-    for i, (part, rows) in enumerate(zip(parts, torch.split(lora_b, list(sizes)), strict=True)):
+    experts_a = max((part.lora_a.shape[:-2] for part in given), key=math.prod)
+    experts_b = max((part.lora_b.shape[:-2] for part in given), key=math.prod)
+    in_features = first.lora_a.shape[-1]
+    lora_a = first.lora_a.new_zeros((*experts_a, len(parts), rank, in_features))
+    lora_b = first.lora_b.new_zeros((*experts_b, sum(sizes), rank))
+    rows_of_b = torch.split(lora_b, list(sizes), dim=-2)
+    for i, (part, rows) in enumerate(zip(parts, rows_of_b, strict=True)):
         if part is None:
             continue
-        lora_a[i, : part.rank] = part.lora_a
+        lora_a[..., i, : part.rank, :] = part.lora_a
         same = part.scaling == scaling
-        rows[:, : part.rank] = part.lora_b if same else part.lora_b * (part.scaling / scaling)
-    return LoRAWeights(lora_a.flatten(0, 1), lora_b, rank, scaling)
+        rows[..., : part.rank] = part.lora_b if same else part.lora_b * (part.scaling / scaling)
+    return LoRAWeights(lora_a.flatten(-3, -2), lora_b, rank, scaling)
 
 
-def _check(where: str, target: LoRASlice, weights: LoRAWeights, max_rank: int) -> None:
+def _checked(where: str, target: LoRASlice, weights: LoRAWeights, max_rank: int) -> LoRAWeights:
+    """Return the weights in the form of their layer, which they fit."""
     layer = target.layer
     if weights.is_embedding != isinstance(layer, LoRAEmbedding):
         kind = "an embedding" if weights.is_embedding else "a linear layer"
@@ -108,6 +116,7 @@ def _check(where: str, target: LoRASlice, weights: LoRAWeights, max_rank: int) -
     if weights.rank > max_rank:
         raise AdapterError(f"{where}: its rank is {weights.rank}, max_rank is {max_rank}")
     try:
+        weights = layer.expand(weights)
         layer.check_sizes(weights.lora_a, weights.lora_b, target.index)
     except ValueError as error:
         raise AdapterError(f"{where}: {error}") from None
@@ -115,13 +124,14 @@ def _check(where: str, target: LoRASlice, weights: LoRAWeights, max_rank: int) -
         for side, tensor in (("A", weights.lora_a), ("B", weights.lora_b)):
             if not bool(torch.isfinite(tensor.to(torch.float16)).all()):
                 raise AdapterError(f"{where}: {side} has values too large for the model's float16")
+    return weights
 
 
 def _of_slices(target: LoRASlice, weights: LoRAWeights) -> list[tuple[int, LoRAWeights]]:
     """Return what each slice gets: all of it, or of an adapter of a whole stack the same A each."""
     if target.index is not None:
         return [(target.index, weights)]
-    rows = torch.split(weights.lora_b, [shard.full for shard in target.layer.outputs])
+    rows = target.layer.split_rows(weights.lora_b)
     return [(i, weights._replace(lora_b=lora_b)) for i, lora_b in enumerate(rows)]
 
 

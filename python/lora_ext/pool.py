@@ -74,6 +74,7 @@ class AdapterPool:
 
     Attributes:
         layers: the layers, each once.
+        version: counts the changes of what slots hold.
 
     Raises:
         ValueError: there are no layers, or they differ in slots or rank limit.
@@ -94,6 +95,7 @@ class AdapterPool:
             )
         (self.max_adapters, self.max_rank) = limits.pop()
         self.evict_lru = evict_lru
+        self.version = 0
         self._entries: dict[str, _Entry] = {}
         self._clock = count()
         self._lock = RLock()
@@ -233,5 +235,6 @@ class AdapterPool:
         entry.num_bytes = sum(tensor.nbytes for tensor in tensors)
 
     def _clear(self, slot: int) -> None:
+        self.version += 1
         for layer in self.layers:
             layer.set_slot(slot, 0, 0.0)

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..adapters import Adapter, load_adapter
-from ..layers import LoRAEmbedding, LoRALinear, LoRALMHead, LoRAModule, Routing, RowPlans
+from ..layers import (
+    FusedMoE,
+    LoRAEmbedding,
+    LoRALinear,
+    LoRALMHead,
+    LoRAModule,
+    LoRASlice,
+    Routing,
+    RowPlans,
+)
+from ..layers.fused_moe import is_experts
 from ..pool import AdapterInfo, AdapterPool
 
 if TYPE_CHECKING:
@@ -133,9 +143,10 @@ def wrap(
     max_adapters: int,
     max_rank: int,
     target_modules: Sequence[str] | None = None,
+    shared_outer_experts: bool = False,
     evict_lru: bool = False,
 ) -> LoRAModel:
-    """Put lora_ext's layers into a Hugging Face causal LM (Llama, Qwen and Mistral families).
+    """Put lora_ext's layers into a Hugging Face causal LM (Llama, Qwen, Mistral, MoE or not).
 
     The model is changed in place and its parameters are shared. Each layer holds ``max_adapters``
     slots of rank ``max_rank`` in the dtype and on the device of its weight: move the model first,
@@ -146,7 +157,10 @@ def wrap(
         max_adapters: adapters that can be loaded at a time.
         max_rank: the highest rank of an adapter's module, up to 1024.
         target_modules: layers that can be adapted, by their names or the last parts of them; None:
-            all linear layers, the input embedding and the output projection.
+            all linear layers, the experts of MoE layers, the input embedding and the output
+            projection.
+        shared_outer_experts: all experts of a layer share A of gate and up, and B of down, as in
+            adapters that are trained so: saves their memory, and refuses other adapters.
         evict_lru: a new adapter may take the place of the one unused for longest.
 
     Raises:
@@ -155,17 +169,25 @@ def wrap(
     require_plain(model)
     routing = Routing()
     selected = _select(model, target_modules)
-    layers: dict[nn.Module, LoRAModule] = {}
-    modules: dict[str, LoRAModule] = {}
+    layers: dict[nn.Module, LoRAModule | FusedMoE] = {}
+    targets: dict[str, LoRAModule | LoRASlice] = {}
     head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     for name, module in selected.items():
         if module not in layers:
-            layers[module] = _layer(name, module, module is head, max_adapters, max_rank, routing)
-        modules[name] = layers[module]
-    pool = AdapterPool(modules, evict_lru=evict_lru)
-    for name, layer in modules.items():
+            layers[module] = _layer(
+                name,
+                module,
+                max_adapters,
+                max_rank,
+                routing,
+                is_head=module is head,
+                shared_outer=shared_outer_experts,
+            )
+        targets |= _targets(name, layers[module])
+    pool = AdapterPool(targets, evict_lru=evict_lru)
+    for name, module in selected.items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+        setattr(model.get_submodule(parent), child, layers[module])
     return LoRAModel(model, pool, routing)
 
 
@@ -180,19 +202,28 @@ def require_plain(model: PreTrainedModel) -> None:
         raise ValueError(f"the model must be on one device, its parameters are on {devices}")
 
 
+def _targets(name: str, layer: LoRAModule | FusedMoE) -> dict[str, LoRAModule | LoRASlice]:
+    """Return what adapters of the layer go into, by the names that they have in adapters."""
+    if isinstance(layer, LoRAModule):
+        return {name: layer}
+    # Mixtral's adapters may be older than the name that its layers have now.
+    names = dict.fromkeys([name, name.replace(".mlp.", ".block_sparse_moe.")])
+    return {f"{known}.{part}": target for known in names for part, target in layer.targets.items()}
+
+
 def _select(model: PreTrainedModel, targets: Sequence[str] | None) -> dict[str, nn.Module]:
     """Return the layers to adapt by name."""
     adaptable = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, (nn.Linear, nn.Embedding))
+        if isinstance(module, (nn.Linear, nn.Embedding)) or is_experts(module)
     }
     if targets is None:
         embedding = model.get_input_embeddings()
         selected: dict[str, nn.Module] = {
             name: module
             for name, module in adaptable.items()
-            if isinstance(module, nn.Linear) or module is embedding
+            if not isinstance(module, nn.Embedding) or module is embedding
         }
     else:
         if isinstance(targets, str):
@@ -215,19 +246,22 @@ def _select(model: PreTrainedModel, targets: Sequence[str] | None) -> dict[str, 
 def _layer(
     name: str,
     module: nn.Module,
-    is_head: bool,
     max_adapters: int,
     max_rank: int,
     routing: Routing,
-) -> LoRAModule:
+    *,
+    is_head: bool,
+    shared_outer: bool,
+) -> LoRAModule | FusedMoE:
+    limits = (max_adapters, max_rank, routing)
     try:
         if isinstance(module, nn.Embedding):
             if type(module) is not nn.Embedding:
                 raise ValueError(f"{type(module).__name__} is not a plain embedding")
-            return LoRAEmbedding(module, max_adapters, max_rank, routing)
-        assert isinstance(module, nn.Linear)
-        kind = LoRALMHead if is_head else LoRALinear
-        return kind(module, max_adapters, max_rank, routing)
+            return LoRAEmbedding(module, *limits)
+        if isinstance(module, nn.Linear):
+            return LoRALMHead(module, *limits) if is_head else LoRALinear(module, *limits)
+        return FusedMoE.from_experts(module, *limits, shared_outer=shared_outer)
     except ValueError as error:
         raise ValueError(f"layer {name!r} cannot take adapters: {error}") from error
 

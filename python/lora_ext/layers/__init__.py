@@ -2,6 +2,9 @@
 
 from .base import LoRAModule, LoRASlice
 from .embedding import LoRAEmbedding
+from .expert_parallel import ExpertParallel
+from .experts import ExpertLinear, LoRAExperts
+from .fused_moe import FusedMoE
 from .linear import LoRALinear
 from .lm_head import LoRALMHead
 from .parallel_linear import (
@@ -17,8 +20,12 @@ LoRAMergedColumnParallelLinear = LoRAColumnParallelLinear
 LoRAReplicatedLinear = LoRALinear
 
 __all__ = [
+    "ExpertLinear",
+    "ExpertParallel",
+    "FusedMoE",
     "LoRAColumnParallelLinear",
     "LoRAEmbedding",
+    "LoRAExperts",
     "LoRALMHead",
     "LoRALinear",
     "LoRAMergedColumnParallelLinear",

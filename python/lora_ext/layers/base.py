@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .routing import BatchPlan, Routing, RowPlans
 from .sharding import Shard, TensorParallel, cut_rows
+
+if TYPE_CHECKING:
+    from ..adapters import LoRAWeights
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -90,9 +93,7 @@ class LoRAModule(nn.Module):
         self._slots_in_use: set[int] = set()
         with torch.inference_mode(False):
             lora_a = torch.zeros(self._shape_a(), dtype=weight.dtype, device=weight.device)
-            lora_b = torch.zeros(
-                (num_slots, self.out_features, max_rank), dtype=weight.dtype, device=weight.device
-            )
+            lora_b = torch.zeros(self._shape_b(), dtype=weight.dtype, device=weight.device)
             ranks = torch.zeros(num_slots, dtype=torch.int32, device=weight.device)
             scalings = torch.zeros(num_slots, dtype=torch.float32, device=weight.device)
         self.register_buffer("lora_a", lora_a, persistent=False)
@@ -124,8 +125,11 @@ class LoRAModule(nn.Module):
         """Return this rank's shard of a whole base module, and the layer's keyword arguments."""
         raise NotImplementedError(f"{cls.__name__} has its base module whole")
 
-    def _shape_a(self) -> tuple[int, int, int]:
+    def _shape_a(self) -> tuple[int, ...]:
         return (self.num_slots, len(self.outputs) * self.max_rank, self.in_features)
+
+    def _shape_b(self) -> tuple[int, ...]:
+        return (self.num_slots, self.out_features, self.max_rank)
 
     @property
     def weight(self) -> Tensor:
@@ -138,6 +142,20 @@ class LoRAModule(nn.Module):
     def slices(self) -> tuple[LoRASlice, ...]:
         """Each slice by itself: what an AdapterPool gives the name of its projection."""
         return tuple(LoRASlice(self, i) for i in range(len(self.outputs)))
+
+    def expand(self, weights: LoRAWeights) -> LoRAWeights:
+        """Return an adapter in the form of this layer.
+
+        Raises:
+            ValueError: it is for another kind of layer.
+        """
+        if weights.lora_a.dim() != 2:
+            raise ValueError(f"A is {list(weights.lora_a.shape)}, the model has no experts here")
+        return weights
+
+    def split_rows(self, lora_b: Tensor) -> Sequence[Tensor]:
+        """Return the rows of each slice of a whole B of all of them."""
+        return torch.split(lora_b, [shard.full for shard in self.outputs], dim=-2)
 
     def check_sizes(self, lora_a: Tensor, lora_b: Tensor, index: int | None = None) -> None:
         """Check an adapter's whole A ``[r, K]`` and B ``[N, r]`` against one slice, or all of them.

@@ -36,7 +36,7 @@ class RowPlans:
         self._num_slots = num_slots
         self._device = device
         self._active = bool((self._slots >= 0).any())
-        self._batches: OrderedDict[tuple[int, int], LoRABatch] = OrderedDict()
+        self._batches: OrderedDict[int, LoRABatch] = OrderedDict()  # by their tokens
 
     def plan(self, shape: torch.Size) -> Tensor | None:
         """Return the plan for an input of ``shape`` ``[rows, tokens]``; None: no adapter at all.
@@ -52,30 +52,48 @@ class RowPlans:
                 "[rows, tokens]: where rows are flattened or regrouped, adapters per row cannot be "
                 "told apart (leave such modules out with target_modules, or route a LoRABatch)"
             )
-        batch = self._batches.get((shape[0], shape[1]))
-        if batch is None:
-            batch = self._add(shape[0], shape[1])
-        return batch.plan
+        if shape[0] % len(self._slots):
+            raise ValueError(
+                f"the batch has {shape[0]} rows, which is no multiple of the {len(self._slots)} "
+                "adapters given for its rows"
+            )
+        return self._batch(shape.numel()).plan
+
+    def token_slots(self, num_tokens: int) -> Tensor | None:
+        """Return the slot of each token of rows that were flattened; None: no adapter at all.
+
+        Raises:
+            ValueError: the tokens do not divide among the rows given.
+        """
+        if not self._active:
+            return None
+        if num_tokens % len(self._slots):
+            raise ValueError(
+                f"the batch has {num_tokens} tokens, which do not divide among the "
+                f"{len(self._slots)} rows that adapters were given for"
+            )
+        return self._batch(num_tokens).token_slots
 
     def lm_head_plan(self, shape: torch.Size) -> Tensor | None:
         """Return the plan for lm_head; some models give it ``[rows]``: the last token of each."""
         return self.plan(torch.Size((*shape, 1)) if len(shape) == 1 else shape)
 
-    def _add(self, rows: int, tokens: int) -> LoRABatch:
-        factor, rest = divmod(rows, len(self._slots))
-        if rest:
-            raise ValueError(
-                f"the batch has {rows} rows, which is no multiple of the {len(self._slots)} "
-                "adapters given for its rows"
-            )
-        # The oldest buffer serves again where it is large enough: its readers were launched before.
-        batch = None
-        if len(self._batches) >= self.KEPT_SHAPES:
-            batch = self._batches.popitem(last=False)[1]
-        if batch is None or batch.max_tokens < rows * tokens:
-            batch = LoRABatch(rows * tokens, self._num_slots, self._device)
-        batch.update(np.repeat(self._slots, factor), seg_lens=np.full(rows, tokens))
-        self._batches[rows, tokens] = batch
+    def _batch(self, num_tokens: int) -> LoRABatch:
+        """Return the batch in which each row given has as many of the tokens as any other.
+
+        That is its plan for every shape ``[rows, tokens]``, also where rows have multiplied.
+        """
+        batch = self._batches.get(num_tokens)
+        if batch is None:
+            # The oldest buffer serves again where it is large enough: its readers were launched
+            # before.
+            if len(self._batches) >= self.KEPT_SHAPES:
+                batch = self._batches.popitem(last=False)[1]
+            if batch is None or batch.max_tokens < num_tokens:
+                batch = LoRABatch(num_tokens, self._num_slots, self._device)
+            rows = len(self._slots)
+            batch.update(self._slots, seg_lens=np.full(rows, num_tokens // rows))
+            self._batches[num_tokens] = batch
         return batch
 
 
@@ -95,6 +113,10 @@ class BatchPlan:
     def plan(self, shape: torch.Size) -> Tensor | None:
         """Return the batch's plan; None where the batch uses no adapter and no graph needs it."""
         return _plan_in_force(self._batch)
+
+    def token_slots(self, num_tokens: int) -> Tensor | None:
+        """Return the slot of each token; None where ``plan`` has none."""
+        return None if _plan_in_force(self._batch) is None else self._batch.token_slots
 
     def lm_head_plan(self, shape: torch.Size) -> Tensor | None:
         """Return the plan of the rows that lm_head sees.
