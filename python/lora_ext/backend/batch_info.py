@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import ops
 from .._staging import Staging
 from ..batch import LoRABatch
+from ..moe import MoEBuffers
 
 
 class MoELoRABatchInfo(NamedTuple):
@@ -159,13 +160,21 @@ class LoRABatchInfo:
         uses = not self.table.active.isdisjoint(self._weight_indices)
         self.has_active_lora = uses and self.batch.has_active_lora
 
-    def update_moe(self) -> None:
-        """Refresh the routing of MoE layers, in place."""
+    def update_moe(self, buffers: MoEBuffers | None) -> None:
+        """Refresh the routing of MoE layers, in place.
+
+        Args:
+            buffers: where it goes; None: to memory of its own.
+        """
         batch = self.batch
-        if self._moe is None:
-            with torch.inference_mode(False):
-                self._moe = torch.empty_like(batch.token_slots), torch.empty_like(self.lora_ranks)
-        token_slots, enabled = self._moe
+        if buffers is not None:
+            token_slots, enabled = buffers.token_slots, buffers.enabled
+        else:
+            if self._moe is None:
+                with torch.inference_mode(False):
+                    empty = torch.empty_like
+                    self._moe = empty(batch.token_slots), empty(self.lora_ranks)
+            token_slots, enabled = self._moe
         segments = min(len(self._weight_indices), token_slots.numel())
         seg_indptr = batch.seg_indptr[: segments + 1]
         seg_slots = batch.weight_indices[:segments]

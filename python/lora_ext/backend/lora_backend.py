@@ -16,6 +16,7 @@ from ..compat import (
     sgemm_lora_b_fwd,
     slice_widths,
 )
+from ..moe import ExpertLoRA, LoRAHooks, align_routing, lora_hooks
 from .batch_info import LoRABatchInfo
 from .preparation import BatchPreparation
 
@@ -48,7 +49,9 @@ class LoRABackend(BatchPreparation):
         lm_head_pass_batch_infos: of each pass, where there are several.
         prefill_cuda_graph_max_bs, prefill_cuda_graph_max_tokens: what the static prefill info can
             hold; None: there is none.
-        is_moe_lora: whether ``moe_lora_info`` is prepared.
+        is_moe_lora: whether there are MoE layers, whose ``moe_lora_info`` is then prepared.
+        moe_cg_buffers, prefill_moe_cg_buffers: what the MoE layers of graphs share; the MoEBuffers
+            are there under "moe_buffers".
     """
 
     name: ClassVar[str] = "lora_ext"
@@ -224,6 +227,45 @@ class LoRABackend(BatchPreparation):
         rows = extra_embeddings[slot, index.clamp(0, num_extra - 1).long()]
         output.copy_(torch.where(replaced[:, None], rows.to(output.dtype), output))
         return output
+
+    def moe_hooks(
+        self,
+        gate_up: ExpertLoRA | None,
+        down: ExpertLoRA | None,
+        topk_ids: Tensor,
+        *,
+        num_experts: int,
+        expert_map: Tensor | None = None,
+    ) -> LoRAHooks:
+        """Return what an MoE layer calls after its two projections, for the batch in force.
+
+        The layer's routing is aligned here, in one launch; where nothing is to be added, which the
+        host knows, both hooks are None.
+
+        Args:
+            gate_up, down: the layer's adapters; None: none are loaded.
+            topk_ids: int32 or int64 ``[T, k]``, -1 for a choice that is not routed.
+            num_experts: E, of the adapters' weights.
+            expert_map: int32, a routed id's index among the E, or -1.
+
+        Raises:
+            RuntimeError: ``is_moe_lora`` was not set when the batch was prepared.
+        """
+        info = self.batch_info
+        in_force = info is not None and (info.use_cuda_graph or info.has_active_lora)
+        if info is None or not in_force or (gate_up is None and down is None):
+            return LoRAHooks()
+        if info.moe_lora_info is None:
+            raise RuntimeError("the batch was prepared without MoE layers: set is_moe_lora first")
+        routing = align_routing(
+            topk_ids,
+            info.moe_lora_info.token_lora_mapping,
+            num_slots=self.max_loras_per_batch,
+            num_experts=num_experts,
+            expert_map=expert_map,
+            buffers=self._moe_buffers(info),
+        )
+        return lora_hooks(gate_up, down, routing)
 
     # ---- what they share
 

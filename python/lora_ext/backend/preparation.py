@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
+from ..moe import MoEBuffers
 from .batch_info import LoRABatchInfo
 from .forward import ForwardBatchLike, rows_of_lm_head, tokens_per_request
 
@@ -28,6 +29,8 @@ class BatchPreparation:
         self.device = torch.device(device)
         self.logprobs_chunk_size = logprobs_chunk_size
         self.is_moe_lora = False
+        self.moe_cg_buffers: dict[str, Any] = {}
+        self.prefill_moe_cg_buffers: dict[str, Any] | None = None
         self.batch_info: LoRABatchInfo | None = None
         self.lm_head_batch_info: LoRABatchInfo | None = None
         self.lm_head_pass_batch_infos: list[LoRABatchInfo] | None = None
@@ -67,6 +70,72 @@ class BatchPreparation:
         )
         self.prefill_cuda_graph_max_bs = max_requests
         self.prefill_cuda_graph_max_tokens = max_num_tokens
+
+    def init_cuda_graph_moe_buffers(
+        self,
+        max_bs: int,
+        max_loras: int,
+        compute_dtype: torch.dtype,
+        moe_layer: Any,
+        *,
+        prefill: bool = False,
+    ) -> None:
+        """Make what the MoE layers of captured graphs share.
+
+        To be called before the engine measures its free memory, so before the static infos are
+        made: ``MoEBuffers.nbytes_for`` says what it will take. ``moe_cg_buffers`` then has it.
+
+        Args:
+            max_bs: the most tokens of a captured batch.
+            max_loras: L.
+            compute_dtype: not read; what is allocated does not depend on it.
+            moe_layer: one of the layers, whose ``base_layer`` has ``top_k`` and ``num_experts``.
+            prefill: for the graphs of prefills; else for those of decoding.
+
+        Raises:
+            ValueError: ``max_loras`` is not that of the backend.
+        """
+        if max_loras != self.max_loras_per_batch:
+            raise ValueError(
+                f"max_loras is {max_loras}, the backend has {self.max_loras_per_batch} slots"
+            )
+        base = moe_layer.base_layer
+        buffers = MoEBuffers(max_bs, base.top_k, base.num_experts, max_loras, self.device)
+        if prefill:
+            self.prefill_moe_cg_buffers = _engine_names(buffers)
+        else:
+            self.moe_cg_buffers = _engine_names(buffers)
+
+    def resize_cuda_graph_moe_buffers(self, max_bs: int) -> bool:
+        """Make the decode graphs' MoE buffers for another number of tokens; before capture.
+
+        Returns:
+            Whether they have changed.
+        """
+        buffers: MoEBuffers | None = self.moe_cg_buffers.get("moe_buffers")
+        if buffers is None or not buffers.resize(max_bs):
+            return False
+        self.moe_cg_buffers = _engine_names(buffers)
+        return True
+
+    def _moe_buffers(self, info: LoRABatchInfo) -> MoEBuffers | None:
+        """Return the MoE buffers of a static info's graphs."""
+        if not info.use_cuda_graph:
+            return None
+        is_prefill = info is self.prefill_cuda_graph_batch_info
+        named = self.prefill_moe_cg_buffers if is_prefill else self.moe_cg_buffers
+        return named.get("moe_buffers") if named else None
+
+    def _add_moe_lora_info(self, forward_batch: object, batch_info: LoRABatchInfo) -> LoRABatchInfo:
+        """Fill ``batch_info.moe_lora_info`` if there are MoE layers, in place where graphs read it.
+
+        Args:
+            forward_batch: not read; the info knows its tokens.
+            batch_info: updated and returned.
+        """
+        if self.is_moe_lora:
+            batch_info.update_moe(self._moe_buffers(batch_info))
+        return batch_info
 
     def prepare_lora_batch(
         self,
@@ -129,11 +198,17 @@ class BatchPreparation:
         scalings: Sequence[float],
     ) -> None:
         info.table.check(lora_ranks, scalings)
+        buffers = self._moe_buffers(info) if self.is_moe_lora else None
+        if buffers is not None:
+            num_tokens = len(weight_indices) if seg_lens is None else sum(seg_lens)
+            if num_tokens > buffers.max_tokens:
+                raise ValueError(
+                    f"the batch has {num_tokens} tokens, the MoE buffers {buffers.max_tokens}"
+                )
         info.update(weight_indices, seg_lens)
         info.table.write(lora_ranks, scalings)
         info.settle()
-        if self.is_moe_lora:
-            info.update_moe()
+        self._add_moe_lora_info(None, info)
         self.reset_batch_state()
         self.batch_info = info
 
@@ -190,6 +265,15 @@ class BatchPreparation:
 
     def reset_routing_cache(self) -> None:
         """Do nothing: plans are not cached beyond their batch."""
+
+
+def _engine_names(buffers: MoEBuffers) -> dict[str, Any]:
+    """MoE buffers under the names by which SGLang's layers know them, and as they are."""
+    return {
+        "adapter_enabled": buffers.enabled,
+        "token_lora_mapping": buffers.token_slots,
+        "moe_buffers": buffers,
+    }
 
 
 def _initialised(info: LoRABatchInfo | None, method: str) -> LoRABatchInfo:
