@@ -76,21 +76,26 @@ APPLY = {
     "num_slices": st.integers(1, 8),
     "max_rank": st.integers(1, 1024),
     "sm_count": SM_COUNTS,
-    "clusters": st.booleans(),
+    "half": st.booleans(),
 }
 
 
 @given(num_tokens=TOKENS, batch_invariant=st.booleans(), **APPLY)
-def test_the_cluster_is_one_that_the_chip_has(**shape: int) -> None:
+def test_every_warp_of_the_decode_shrink_has_work(**shape: int) -> None:
     config = testing.apply_config(**shape)
-    assert config.cluster in (1, 2, 4, 8, 16)
-    assert shape["clusters"] or (not config.fused and config.cluster == 1)
+    if not config.decode:
+        assert not shape["half"] or not shape["batch_invariant"]
+        return
+    assert shape["half"]
+    assert config.blocks in (1, 2)
+    assert 1 <= config.splits <= testing.MAX_SPLITS
+    assert config.splits == 1 or config.splits * 32 * 8 < shape["in_features"] + 32 * 8
 
 
 @given(tokens=st.lists(TOKENS, min_size=2, max_size=4), **APPLY)
 def test_batch_invariant_means_one_choice_for_all_batches(tokens: list[int], **shape: int) -> None:
     configs = [testing.apply_config(num_tokens=t, batch_invariant=True, **shape) for t in tokens]
-    assert len({(config.fused, config.cluster) for config in configs}) == 1
+    assert len({(config.decode, config.splits) for config in configs}) == 1
 
 
 @given(

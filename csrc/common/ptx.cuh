@@ -71,6 +71,16 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
+// Asks for `bytes` to be brought to L2. A hint: nothing waits for it, and it may come before the
+// data are final, since L2 is where all writes meet.
+__device__ __forceinline__ void prefetch_l2(const void* from, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  const auto address = reinterpret_cast<uint64_t>(from), first = address & ~uint64_t{15};
+  const auto size = static_cast<uint32_t>(address + bytes - first + 15) & ~15u;
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;\n" ::"l"(first), "r"(size));
+#endif
+}
+
 // Programmatic dependent launch: what comes before the wait may run while the kernel before is
 // still at work.
 __device__ __forceinline__ void grid_dependency_wait() {
@@ -106,11 +116,6 @@ __device__ __forceinline__ float4 load_peer(uint32_t address) {
                : "r"(address)
                : "memory");
   return value;
-}
-__device__ __forceinline__ void store_peer(uint32_t address, float4 value) {
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1,%2,%3,%4};\n" ::"r"(address), "f"(value.x),
-               "f"(value.y), "f"(value.z), "f"(value.w)
-               : "memory");
 }
 #endif
 

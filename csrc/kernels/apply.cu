@@ -1,5 +1,5 @@
-// lora_apply_: the fused kernel where it pays, else shrink into a workspace and expand from it.
-#include "kernels/apply_fused.cuh"
+// lora_apply_: the decode kernels for few tokens, else the wide shrink and expand.
+#include "kernels/apply_decode.cuh"
 #include "kernels/kernels.h"
 #include "kernels/launch.cuh"
 
@@ -7,94 +7,130 @@ namespace lora_ext::cuda {
 namespace {
 
 ApplyConfig config_of(const ApplyParams& p) {
-  const DeviceProperties device = device_properties();
   ApplyShape shape{};
   shape.num_tokens = p.num_tokens;
   shape.num_slots = p.plan.num_slots;
   shape.in_features = p.in_features;
   shape.num_slices = p.slices.count;
   shape.max_rank = p.max_rank;
-  shape.sm_count = device.sm_count;
-  shape.clusters = device.clusters && p.dtype != DType::kFloat32;
+  shape.sm_count = device_properties().sm_count;
+  shape.half = p.dtype != DType::kFloat32;
   shape.batch_invariant = p.batch_invariant;
   return apply_config(shape);
 }
 
-template <typename T, typename Y, int kRowBlocks>
-cudaError_t launch_fused(const ApplyParams& p, const ApplyConfig& config) {
-  const int cluster = config.cluster;
-  constexpr int kChunk = FusedTraits<kRowBlocks, false>::kChunk;
-  bool vector_x_y = is_multiple(p.x, p.x_stride, 8, 16) && p.in_features % 8 == 0 &&
-                    is_multiple(p.y, p.y_stride, 8, 16);
-  for (int i = 0; i <= p.slices.count; ++i) {
-    vector_x_y &= p.slices.offset[i] % 8 == 0;
-  }
-  const bool all_vector = vector_x_y && p.b.slot_offsets == nullptr &&
-                          p.a.slot_offsets == nullptr && is_multiple(p.a, p.slices.count, 8, 16) &&
-                          is_multiple(p.b, p.slices.count, kChunk, 2 * kChunk);
-  FusedParams f{};
-  f.tiles = p.plan.tiles;
-  f.permutation = p.plan.permutation;
-  f.ranks = p.ranks;
-  f.scalings = p.scalings;
-  f.x = p.x;
-  f.y = p.y;
-  f.x_stride = p.x_stride;
-  f.y_stride = p.y_stride;
-  f.a_offsets = p.a.slot_offsets;
-  f.b_offsets = p.b.slot_offsets;
-  f.cluster = cluster;
-  f.max_tokens = static_cast<int32_t>(p.plan.max_tokens);
-  f.num_slots = static_cast<int32_t>(p.plan.num_slots);
-  f.num_tokens = static_cast<int32_t>(p.num_tokens);
-  f.in_features = static_cast<int32_t>(p.in_features);
-  f.max_rank = p.max_rank;
-  f.a_rows_by_rank = p.a.rows_by_rank;
-  f.vector_x_y = vector_x_y;
-  for (int i = 0; i < p.slices.count; ++i) {
-    FusedSlice& slice = f.slices[i];
-    slice.a = p.a.base[i];
-    slice.b = p.b.base[i];
-    slice.a_slot_stride = p.a.slot_stride[i];
-    slice.a_row_stride = p.a.row_stride[i];
-    slice.b_slot_stride = p.b.slot_stride[i];
-    slice.b_row_stride = p.b.row_stride[i];
-    slice.first_column = p.slices.offset[i];
-    slice.width = p.slices.offset[i + 1] - p.slices.offset[i];
-    slice.b_first_row = static_cast<int32_t>(p.b.first_row[i]);
-  }
-  LaunchShape shape{};
-  shape.grid =
-      dim3(static_cast<unsigned>(max_tiles(p.num_tokens, p.plan.num_slots, kTileTokens) * cluster),
-           p.slices.count);
-  shape.threads = kFusedThreads;
-  shape.shared_bytes = fused_shared<Y, kRowBlocks>(p.max_rank, cluster).bytes;
-  shape.cluster = cluster;
-  shape.dependent = true;
-  const auto kernel = !all_vector   ? apply_fused_kernel<T, Y, kRowBlocks, false, true>
-                      : config.deep ? apply_fused_kernel<T, Y, kRowBlocks, true, false>
-                                    : apply_fused_kernel<T, Y, kRowBlocks, false, false>;
-  return launch_kernel(kernel, shape, p.stream, f);
+int64_t num_tiles(const ApplyParams& p) {
+  return max_tiles(p.num_tokens, p.plan.num_slots, kTileTokens);
 }
 
-cudaError_t apply_fused(const ApplyParams& p, const ApplyConfig& config) {
+DecodeBatch decode_batch(const ApplyParams& p, const ApplyConfig& config) {
+  DecodeBatch batch{};
+  batch.tiles = p.plan.tiles;
+  batch.permutation = p.plan.permutation;
+  batch.ranks = p.ranks;
+  batch.scalings = p.scalings;
+  batch.partial = static_cast<float*>(p.workspace);
+  batch.num_tiles = static_cast<int32_t>(num_tiles(p));
+  batch.splits = config.splits;
+  batch.max_tokens = static_cast<int32_t>(p.plan.max_tokens);
+  batch.num_slots = static_cast<int32_t>(p.plan.num_slots);
+  batch.num_tokens = static_cast<int32_t>(p.num_tokens);
+  batch.max_rank = p.max_rank;
+  batch.num_slices = p.slices.count;
+  batch.in_features = static_cast<int32_t>(p.in_features);
+  return batch;
+}
+
+template <typename T, int kBlocks>
+cudaError_t launch_shrink(const ApplyParams& p, const ApplyConfig& config) {
+  using Traits = DecodeShrinkTraits<kBlocks>;
+  DecodeShrinkParams d{};
+  d.batch = decode_batch(p, config);
+  d.x = p.x;
+  d.x_stride = p.x_stride;
+  d.a_offsets = p.a.slot_offsets;
+  d.prefetch_features = config.prefetch_features;
+  d.one_range = p.a.rows_by_rank || p.slices.count == 1;
+  d.vector_x = is_multiple(p.x, p.x_stride, 8, 16) && p.in_features % 8 == 0;
+  for (int i = 0; i < p.slices.count; ++i) {
+    d.slices[i] = {p.a.base[i], p.a.slot_stride[i], p.a.row_stride[i]};
+  }
+  const bool all_vector =
+      d.vector_x && p.a.slot_offsets == nullptr && is_multiple(p.a, p.slices.count, 8, 16);
+  LaunchShape shape{};
+  shape.grid =
+      dim3(static_cast<unsigned>(num_tiles(p) * config.splits),
+           static_cast<unsigned>(ceil_div(int64_t{p.slices.count} * p.max_rank, Traits::kRows)));
+  shape.threads = kShrinkThreads;
+  shape.shared_bytes = Traits::kSharedBytes;
+  shape.cluster = 1;
+  shape.dependent = true;
+  return launch_kernel(
+      all_vector ? decode_shrink_kernel<T, kBlocks, false> : decode_shrink_kernel<T, kBlocks, true>,
+      shape, p.stream, d);
+}
+
+template <typename T, typename Y, int kChunk>
+cudaError_t launch_expand(const ApplyParams& p, const ApplyConfig& config) {
+  DecodeExpandParams d{};
+  d.batch = decode_batch(p, config);
+  d.y = p.y;
+  d.y_stride = p.y_stride;
+  d.b_offsets = p.b.slot_offsets;
+  d.vector_y = is_multiple(p.y, p.y_stride, 8, 16);
+  for (int i = 0; i < p.slices.count; ++i) {
+    auto& slice = d.slices[i];
+    slice.b = p.b.base[i];
+    slice.slot_stride = p.b.slot_stride[i];
+    slice.row_stride = p.b.row_stride[i];
+    slice.first_column = p.slices.offset[i];
+    slice.width = p.slices.offset[i + 1] - p.slices.offset[i];
+    slice.first_row = static_cast<int32_t>(p.b.first_row[i]);
+    slice.blocks = static_cast<int32_t>(ceil_div(slice.width, kExpandColumns));
+    d.blocks_per_tile += slice.blocks;
+    d.vector_y &= slice.first_column % 8 == 0 && slice.width % 8 == 0;
+  }
+  const bool all_vector = d.vector_y && p.b.slot_offsets == nullptr &&
+                          is_multiple(p.b, p.slices.count, kChunk, 2 * kChunk);
+  LaunchShape shape{};
+  shape.grid = dim3(static_cast<unsigned>(num_tiles(p) * d.blocks_per_tile));
+  shape.threads = kExpandThreads;
+  shape.shared_bytes = DecodeExpandTraits<Y, kChunk>::shared_bytes(p.max_rank);
+  shape.cluster = 1;
+  shape.dependent = true;
+  return launch_kernel(all_vector ? decode_expand_kernel<T, Y, kChunk, false>
+                                  : decode_expand_kernel<T, Y, kChunk, true>,
+                       shape, p.stream, d);
+}
+
+cudaError_t apply_decode(const ApplyParams& p, const ApplyConfig& config) {
+  const cudaError_t error = dispatch_half(p.dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    return config.blocks == 1 ? launch_shrink<T, 1>(p, config) : launch_shrink<T, 2>(p, config);
+  });
+  if (error != cudaSuccess) {
+    return error;
+  }
   return dispatch_half_output(p.dtype, p.y_dtype, [&](auto t, auto y) {
     using T = typename decltype(t)::type;
     using Y = typename decltype(y)::type;
-    return p.max_rank <= 16 ? launch_fused<T, Y, 1>(p, config) : launch_fused<T, Y, 2>(p, config);
+    return p.max_rank <= 16 ? launch_expand<T, Y, 4>(p, config) : launch_expand<T, Y, 8>(p, config);
   });
 }
 
 }  // namespace
 
-int64_t apply_workspace(const ApplyParams& params) {
-  return config_of(params).fused ? 0 : params.num_tokens * params.slices.count * params.max_rank;
+int64_t apply_workspace(const ApplyParams& p) {
+  const ApplyConfig config = config_of(p);
+  const int64_t columns = int64_t{p.slices.count} * p.max_rank;
+  return config.decode ? config.splits * num_tiles(p) * columns * kTileTokens
+                       : p.num_tokens * columns;
 }
 
 int apply(const ApplyParams& p) {
   const ApplyConfig config = config_of(p);
-  if (config.fused) {
-    return apply_fused(p, config);
+  if (config.decode) {
+    return apply_decode(p, config);
   }
   const int error = shrink(shrink_of(p));
   if (error != 0) {

@@ -44,20 +44,22 @@ struct ApplyShape {
   int64_t num_tokens, num_slots, in_features;
   int num_slices, max_rank;
   int sm_count;
-  bool clusters;         // the chip has thread block clusters
+  bool half;             // x and the weights have 16 bits: tensor cores
   bool batch_invariant;  // the choice must not depend on the batch
 };
 
 struct ApplyConfig {
-  bool
-      fused;  // one kernel, shrink and expand joined by a cluster; else two kernels and a workspace
-  int cluster;  // CTAs that share one (tile, slice): they split K, then N
-  bool deep;    // no more CTAs than SMs: each may use all registers for loads in flight
+  bool decode;            // the two decode kernels; else the wide shrink and expand
+  int blocks;             // blocks of 16 rows of A that a CTA of the decode shrink computes, 1 or 2
+  int splits;             // parts of K
+  int prefetch_features;  // values of K of such a part that are brought to L2 ahead of time
 };
 
-// Fused pays while a tile's weights are what moves; past that x and y are, and the two wide kernels
-// read each once.
-constexpr int64_t kFusedMaxTokens = 256;
+// The decode kernels pay while a tile's weights are what moves; past that x and y are, and the wide
+// kernels read each once.
+constexpr int64_t kDecodeMaxTokens = 256;
+constexpr int kMaxSplits = 16;   // the expand adds up as many partial products, latency it pays
+constexpr int kDecodeWarps = 8;  // of a CTA of the shrink; they share K in steps of 32
 
 // Tiles that a batch will likely have: all slots in use, or all tiles full, whichever is more. The
 // grid covers the worst case (max_tiles); CTAs beyond the real tiles leave at once.
@@ -71,43 +73,30 @@ inline int64_t resident_blocks(int sm_count, int per_sm, int cluster) {
   return cluster == 1 ? int64_t{sm_count} * per_sm : int64_t{sm_count} * per_sm * 3 / 4;
 }
 
-// CTAs of the fused kernel on one SM: registers allow three for narrow ranks and two for wide ones,
-// shared memory one where the cluster's partial sums take more than 32 KB.
-inline int fused_blocks_per_sm(int max_rank, int cluster) {
-  return max_rank <= 16 ? 3 : cluster * max_rank * 64 <= 32 * 1024 ? 2 : 1;
-}
-
-// The cluster splits K: more CTAs mean more loads in flight for few tiles. All CTAs should be
-// resident at once: a second wave would cost the whole latency of the chain again (measured at 32
-// adapters of rank 16: K = 14336 takes 12.7 us with clusters of 8 and 18.8 with 16). 16 is the most
-// that a cluster can have, and pays from 512 values of K for a CTA on: K = 4096 at one token takes
-// 6.5 us with 8 and 7.0 with 16, K = 14336 8.7 and 7.7.
-inline int cluster_size(const ApplyShape& s) {
-  const int64_t items =
-      s.batch_invariant ? 1 : likely_tiles(s.num_tokens, s.num_slots, kTileTokens) * s.num_slices;
-  const int most = s.batch_invariant ? 8 : 16;
-  const auto fits = [&](int cluster) {
-    return s.in_features >= 512 * cluster &&
-           items * cluster <=
-               resident_blocks(s.sm_count, fused_blocks_per_sm(s.max_rank, cluster), cluster);
-  };
-  int cluster = 1;
-  while (cluster < most && fits(2 * cluster)) {
-    cluster *= 2;
-  }
-  return cluster;
-}
-
+// Few CTAs for a small problem, so that the expand's find room beside them and have B and y ready
+// in time; more where a warp would else have many rounds of loads to wait for.
 inline ApplyConfig apply_config(const ApplyShape& s) {
-  if (!s.clusters || (!s.batch_invariant && s.num_tokens > kFusedMaxTokens)) {
-    return {false, 1, false};
+  if (!s.half || (!s.batch_invariant && s.num_tokens > kDecodeMaxTokens)) {
+    return {false, 0, 0, 0};
   }
-  const int cluster = cluster_size(s);
-  const int64_t blocks =
-      likely_tiles(s.num_tokens, s.num_slots, kTileTokens) * s.num_slices * cluster;
-  // The largest clusters do not find room everywhere: some chips' clusters have spare SMs.
-  const int64_t room = cluster == 16 ? resident_blocks(s.sm_count, 1, cluster) : s.sm_count;
-  return {true, cluster, blocks <= room};
+  const int rows = s.num_slices * s.max_rank;
+  const int64_t steps = ceil_div(s.in_features, 32 * kDecodeWarps);  // of a warp, without a split
+  const int64_t tiles =
+      s.batch_invariant ? 1 : likely_tiles(s.num_tokens, s.num_slots, kTileTokens);
+  const int blocks = rows <= 16 || tiles * ceil_div(rows, 16) <= s.sm_count / 2 ? 1 : 2;
+  const int64_t items = tiles * ceil_div(rows, 16 * blocks);
+  int64_t splits = 1;
+  const auto more = [&](int64_t work, int64_t most_ctas) {
+    return splits < kMaxSplits && steps > work * splits && items * splits * 2 <= most_ctas;
+  };
+  while (more(3, s.sm_count * 3 / 4) || more(8, 2 * s.sm_count) || more(20, 4 * s.sm_count)) {
+    splits *= 2;
+  }
+  // More than this, and the copies are in the way of those that somebody waits for.
+  constexpr int64_t kPrefetchBytes = 16 << 20;
+  const bool small = tiles * rows * s.in_features * 2 <= kPrefetchBytes;
+  return {true, blocks, static_cast<int>(splits),
+          small ? static_cast<int>(s.in_features) : 4 * 32 * kDecodeWarps};
 }
 
 struct ShrinkShape {

@@ -76,7 +76,7 @@ cudaError_t launch_kernel(void (*kernel)(Params...), const LaunchShape& shape, v
     attributes[count].val.clusterDim.z = 1;
     ++count;
   }
-  if (shape.dependent) {
+  if (shape.dependent && device_properties().clusters) {  // both came with sm_90
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count].val.programmaticStreamSerializationAllowed = 1;
     ++count;

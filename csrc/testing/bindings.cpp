@@ -39,19 +39,21 @@ void bind_plan(py::module_& m) {
 }
 
 void bind_apply(py::module_& m) {
+  m.attr("MAX_SPLITS") = kMaxSplits;
   py::class_<ApplyConfig>(m, "ApplyConfig")
-      .def_readonly("fused", &ApplyConfig::fused)
-      .def_readonly("cluster", &ApplyConfig::cluster)
-      .def_readonly("deep", &ApplyConfig::deep);
+      .def_readonly("decode", &ApplyConfig::decode)
+      .def_readonly("blocks", &ApplyConfig::blocks)
+      .def_readonly("splits", &ApplyConfig::splits)
+      .def_readonly("prefetch_features", &ApplyConfig::prefetch_features);
   m.def(
       "apply_config",
       [](int64_t num_tokens, int64_t num_slots, int64_t in_features, int num_slices, int max_rank,
-         int sm_count, bool clusters, bool batch_invariant) {
+         int sm_count, bool half, bool batch_invariant) {
         return apply_config({num_tokens, num_slots, in_features, num_slices, max_rank, sm_count,
-                             clusters, batch_invariant});
+                             half, batch_invariant});
       },
       py::kw_only(), "num_tokens"_a, "num_slots"_a, "in_features"_a, "num_slices"_a, "max_rank"_a,
-      "sm_count"_a, "clusters"_a, "batch_invariant"_a);
+      "sm_count"_a, "half"_a, "batch_invariant"_a);
 }
 
 void bind_shrink(py::module_& m) {

@@ -1,0 +1,512 @@
+// Shrink and expand for few tokens: two kernels, chained by programmatic dependent launch.
+//
+// The shrink splits each tile of up to 16 tokens of one slot into groups of rows of A (all slices'
+// rows in one range) and parts of K; a CTA writes its partial products to a workspace. The expand
+// splits it into 256 columns of y. It is resident while the shrink is at work, with its B and y
+// already fetched; behind the wait it adds up the partial products, in the order of the parts, and
+// multiplies. So all weights are on their way at once, and no CTA waits for a neighbour.
+//
+// In both products the weights are the 16-row operand of the mma and the tokens the 8-column one,
+// so that a tile of one token wastes no weight bandwidth; every lane loads 16 bytes at a time, to
+// where it needs them itself: no barrier stands between a load and its use. Weights are read once
+// per tile, at their true rank. The order of every sum is fixed: same inputs, same bits.
+#pragma once
+
+#include "common/ptx.cuh"
+#include "common/vec.cuh"
+#include "kernels/heuristics.h"
+
+namespace lora_ext::cuda {
+
+constexpr int kShrinkWarps = kDecodeWarps;
+constexpr int kShrinkThreads = 32 * kShrinkWarps;
+constexpr int kExpandWarps = 4;
+constexpr int kExpandThreads = 32 * kExpandWarps;
+// Columns of y that a warp updates: 8 lanes of 16 bytes for each token.
+constexpr int kUnitColumns = 64;
+constexpr int kExpandColumns = kExpandWarps * kUnitColumns;
+
+// The kernels' own parameters: the parameter bank is cold at every launch, and the arrays of
+// ApplyParams would cost a dozen misses, a microsecond in all.
+struct DecodeBatch {
+  const Tile* tiles;
+  const int32_t *permutation, *ranks;
+  const float* scalings;
+  float* partial;  // [splits][num_tiles][S * R][16]
+  int32_t num_tiles, splits, max_tokens, num_slots, num_tokens, max_rank, num_slices, in_features;
+};
+struct alignas(64) DecodeShrinkParams {
+  DecodeBatch batch;
+  const void* x;
+  int64_t x_stride;
+  const int64_t* a_offsets;   // flat layout, else null
+  int32_t prefetch_features;  // of a CTA's part of K, before the wait
+  bool one_range;             // row i * r + j of the first slice is row j of slice i
+  bool vector_x;
+  struct {
+    const void* a;
+    int64_t slot_stride, row_stride;
+  } slices[kMaxSlices];
+};
+struct alignas(64) DecodeExpandParams {
+  DecodeBatch batch;
+  void* y;
+  int64_t y_stride;
+  const int64_t* b_offsets;  // flat layout, else null
+  int32_t blocks_per_tile;
+  bool vector_y;
+  struct alignas(32) {
+    const void* b;
+    int64_t slot_stride, row_stride;
+    int32_t first_column, width, first_row, blocks;
+  } slices[kMaxSlices];
+};
+
+// What a CTA must know before its first load of weights; `token` is that of entry lane % 16.
+struct DecodeTile {
+  int slot, start, count, rank, token;
+};
+
+// `slot` and `start` say where to look, so that the tile, its rank and its tokens come in one round
+// of loads instead of two; where they are wrong it reads again. Past L1, since the guess may have
+// been read before the kernel that makes the plan was done.
+__device__ __forceinline__ DecodeTile read_tile(const DecodeBatch& p, int tile, int slot,
+                                                int start) {
+  const int entry = threadIdx.x % kTileTokens;
+  for (;;) {
+    const int4 raw = __ldcg(reinterpret_cast<const int4*>(p.tiles + tile));
+    const int rank = __ldcg(p.ranks + min(max(slot, 0), p.num_slots - 1));
+    const int token = __ldcg(p.permutation + min(max(start + entry, 0), p.max_tokens - 1));
+    if (raw.x == slot && raw.y == start) {
+      // A token past the end of x (a plan for more tokens than this call has) counts as absent.
+      return {slot, start, raw.z, min(rank, p.max_rank),
+              entry < raw.z && token < p.num_tokens ? token : -1};
+    }
+    if (raw.x < 0) {
+      return {-1, 0, 0, 0, -1};
+    }
+    slot = raw.x, start = raw.y;
+  }
+}
+
+// Values k .. k + 8 of a row, those from `end` on as 0.
+template <typename T, bool kVector>
+__device__ __forceinline__ void load_chunk(device::Chunk<T, 8>& chunk, const T* row, int k, int end,
+                                           bool exists) {
+  if constexpr (kVector) {
+    device::load_vector(chunk, row + k, exists && k < end);
+  } else {
+    device::load_scalars(chunk, row + k, exists ? end - k : 0);
+  }
+}
+
+// kBlocks: blocks of 16 rows of A that a CTA computes.
+template <int kBlocks>
+struct DecodeShrinkTraits {
+  static constexpr int kRows = 16 * kBlocks;
+  // 32-wide K steps of a warp whose loads are in flight together: as many as registers hold.
+  static constexpr int kSteps = kBlocks == 1 ? 5 : 3;
+  static constexpr int kPartialStride = kTileTokens + 4;  // float2 stores hit distinct banks
+  static constexpr int kSharedBytes = kShrinkWarps * kRows * kPartialStride * 4;
+};
+
+template <typename T>
+__device__ __forceinline__ const T* shrink_row(const DecodeShrinkParams& p, int slot, int rank,
+                                               int row) {
+  const int slice = p.one_range ? 0 : row / rank;
+  const auto& from = p.slices[slice];
+  const int64_t start = p.a_offsets != nullptr ? p.a_offsets[slot] : slot * from.slot_stride;
+  return static_cast<const T*>(from.a) + start + (row - slice * rank) * from.row_stride;
+}
+
+template <typename T, int kBlocks, bool kVector>
+__device__ __forceinline__ void decode_shrink_body(const DecodeShrinkParams& p, const DecodeTile& t,
+                                                   int tile, int split, float* shared) {
+  using Traits = DecodeShrinkTraits<kBlocks>;
+  constexpr int kSteps = Traits::kSteps, kRows = Traits::kRows;
+  constexpr int kPartialStride = Traits::kPartialStride;
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4,
+            q = lane % 4;
+  const int rows = t.rank * p.batch.num_slices, first_row = blockIdx.y * kRows;
+
+  const T* a_rows[2 * kBlocks];
+  bool has_row[2 * kBlocks];
+#pragma unroll
+  for (int i = 0; i < 2 * kBlocks; ++i) {
+    const int row = first_row + 8 * i + g;
+    has_row[i] = row < rows;
+    a_rows[i] = shrink_row<T>(p, t.slot, t.rank, has_row[i] ? row : 0);
+  }
+  const T* x_rows[2];
+  bool has_token[2];
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    const int token = __shfl_sync(0xffffffffu, t.token, 8 * n + g);
+    has_token[n] = token >= 0;
+    x_rows[n] = static_cast<const T*>(p.x) + max(token, 0) * p.x_stride;
+  }
+
+  // Neighbouring warps take neighbouring 64-byte pieces of the same rows, so that DRAM sees long
+  // runs.
+  const int steps = (p.batch.in_features + 31) / 32;
+  const int end = steps * (split + 1) / p.batch.splits;
+  const int k_end = min(32 * end, p.batch.in_features);
+  float acc[kBlocks][2][4] = {};
+  // The bound is the warp's, not the lane's: mma needs all lanes.
+  for (int step = steps * split / p.batch.splits + warp; step < end;
+       step += kShrinkWarps * kSteps) {
+    device::Chunk<T, 8> weights[kSteps][2 * kBlocks], tokens[kSteps][2];
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      const int k = 32 * (step + s * kShrinkWarps) + 8 * q;
+#pragma unroll
+      for (int i = 0; i < 2 * kBlocks; ++i) {
+        load_chunk<T, kVector>(weights[s][i], a_rows[i], k, k_end, has_row[i]);
+      }
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        load_chunk<T, kVector>(tokens[s][n], x_rows[n], k, k_end, has_token[n]);
+      }
+    }
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+#pragma unroll
+      for (int w = 0; w < 4; w += 2) {
+#pragma unroll
+        for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+          for (int n = 0; n < 2; ++n) {
+            if (n == 0 || t.count > 8) {
+              device::mma<T>(acc[block][n], weights[s][2 * block].words[w],
+                             weights[s][2 * block + 1].words[w], weights[s][2 * block].words[w + 1],
+                             weights[s][2 * block + 1].words[w + 1], tokens[s][n].words[w],
+                             tokens[s][n].words[w + 1]);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // The warps' sums meet in shared memory, in fixed order.
+#pragma unroll
+  for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float* to =
+            shared + (warp * kRows + 16 * block + 8 * h + g) * kPartialStride + 8 * n + 2 * q;
+        *reinterpret_cast<float2*>(to) =
+            make_float2(acc[block][n][2 * h], acc[block][n][2 * h + 1]);
+      }
+    }
+  }
+  __syncthreads();
+  const int64_t stride = int64_t{p.batch.num_slices} * p.batch.max_rank;
+  float* out = p.batch.partial +
+               ((int64_t{split} * p.batch.num_tiles + tile) * stride + first_row) * kTileTokens;
+  const int used = min(rows - first_row, kRows);
+#pragma unroll
+  for (int i = thread; i < kRows * kTileTokens / 4; i += kShrinkThreads) {
+    const int row = i / (kTileTokens / 4), token = i % (kTileTokens / 4) * 4;
+    if (row < used && token < t.count) {
+      const float* from = shared + row * kPartialStride + token;
+      float4 sum = *reinterpret_cast<const float4*>(from);
+#pragma unroll
+      for (int w = 1; w < kShrinkWarps; ++w) {
+        const float4 next = *reinterpret_cast<const float4*>(from + w * kRows * kPartialStride);
+        sum.x += next.x, sum.y += next.y, sum.z += next.z, sum.w += next.w;
+      }
+      *reinterpret_cast<float4*>(out + i * 4) = sum;
+    }
+  }
+}
+
+// kGeneral: a tile finds out for itself whether its rows allow vector accesses, as it must where
+// only the device knows the offsets and ranks (flat layouts); else the launcher has made sure that
+// they do.
+template <typename T, int kBlocks, bool kGeneral>
+__global__ void __launch_bounds__(kShrinkThreads, 2)
+    decode_shrink_kernel(const __grid_constant__ DecodeShrinkParams p) {
+  extern __shared__ __align__(128) float sums[];
+  using Traits = DecodeShrinkTraits<kBlocks>;
+  constexpr int kRows = Traits::kRows;
+  const int tile = blockIdx.x / p.batch.splits, split = blockIdx.x % p.batch.splits;
+  // The kernel before this one may still be at work: what it writes must not be read, but what
+  // will be read can be brought to L2. The plan may be among what it writes; as an address of a
+  // prefetch, kept inside the tensors, the old one does no harm.
+  DecodeTile t = read_tile(p.batch, tile, 0, 0);
+  if constexpr (!kGeneral) {
+    if (t.slot >= 0 && t.slot < p.batch.num_slots) {
+      const int steps = (p.batch.in_features + 31) / 32;
+      const int k = 32 * (steps * split / p.batch.splits);
+      const int bytes =
+          2 * min(min(32 * (steps * (split + 1) / p.batch.splits), p.batch.in_features) - k,
+                  p.prefetch_features);
+      const int row = blockIdx.y * kRows + threadIdx.x;
+      if (threadIdx.x < kRows && row < t.rank * p.batch.num_slices) {
+        device::prefetch_l2(shrink_row<T>(p, t.slot, t.rank, row) + k, bytes);
+      } else if (threadIdx.x >= kShrinkThreads - kTileTokens && t.token >= 0) {
+        device::prefetch_l2(static_cast<const T*>(p.x) + t.token * p.x_stride + k, bytes);
+      }
+    }
+  }
+  device::grid_dependency_wait();
+  device::grid_dependency_launch();
+  t = read_tile(p.batch, tile, t.slot, t.start);
+  if (t.slot < 0 || blockIdx.y * kRows >= t.rank * p.batch.num_slices) {
+    return;
+  }
+  bool vector = true;
+  if constexpr (kGeneral) {
+    vector = p.vector_x;
+    for (int i = 0; i < p.batch.num_slices; ++i) {
+      vector &= p.slices[i].row_stride % 8 == 0 &&
+                device::is_aligned(shrink_row<T>(p, t.slot, t.rank, i * t.rank), 16);
+    }
+  }
+  if (vector) {
+    decode_shrink_body<T, kBlocks, true>(p, t, tile, split, sums);
+  } else if constexpr (kGeneral) {
+    decode_shrink_body<T, kBlocks, false>(p, t, tile, split, sums);
+  }
+}
+
+// kChunk: neighbouring ranks of B that a lane holds, 4 for pools of rank up to 16, else 8.
+template <typename Y, int kChunk>
+struct DecodeExpandTraits {
+  static constexpr int kSpan = 4 * kChunk;  // ranks of one step
+  // Steps in shared memory: one in use, one on its way; pools of rank up to 16 have only one.
+  static constexpr int kStages = kChunk == 4 ? 1 : 2;
+  static constexpr int kStageBytes = kExpandThreads * 8 * kChunk * 2;
+  static constexpr int kOutputBytes =
+      kExpandThreads * (kTileTokens / 4) * 8 * static_cast<int>(sizeof(Y));
+  static constexpr int kHeaderBytes = kTileTokens * 4;  // fp16: bits of each token's largest |xa|
+  LORA_EXT_HOST_DEVICE static int xa_stride(int max_rank) {
+    return (max_rank + kSpan - 1) / kSpan * kSpan + 8;
+  }
+  LORA_EXT_HOST_DEVICE static int shared_bytes(int max_rank) {
+    return kHeaderBytes + kStages * kStageBytes + kOutputBytes +
+           2 * kTileTokens * xa_stride(max_rank) * 2;
+  }
+};
+
+template <typename T, typename Y, int kChunk, bool kVector>
+__device__ __forceinline__ void decode_expand_body(const DecodeExpandParams& p, const DecodeTile& t,
+                                                   int tile, int slice, int block, const T* b,
+                                                   int64_t b_stride, unsigned char* shared) {
+  using Traits = DecodeExpandTraits<Y, kChunk>;
+  constexpr int kSpan = Traits::kSpan, kStages = Traits::kStages;
+  constexpr int kQuads = kTileTokens / 4;
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4,
+            q = lane % 4;
+  const int rank = t.rank, width = p.slices[slice].width;
+  const int xa_stride = Traits::xa_stride(p.batch.max_rank);
+  int* token_max = reinterpret_cast<int*>(shared);
+  T* staged_b = reinterpret_cast<T*>(shared + Traits::kHeaderBytes) + thread * kChunk;
+  Y* staged_y =
+      reinterpret_cast<Y*>(shared + Traits::kHeaderBytes + kStages * Traits::kStageBytes) +
+      thread * 8;
+  T* xa_high = reinterpret_cast<T*>(shared + Traits::kHeaderBytes + kStages * Traits::kStageBytes +
+                                    Traits::kOutputBytes);  // [16][xa_stride]
+  T* xa_low = xa_high + kTileTokens * xa_stride;
+
+  // Row m of the mma's 16 weight rows stands for column 8 g + i of the unit, so that a lane's
+  // results of the four row blocks are eight neighbours in y.
+  const int column = (block * kExpandWarps + warp) * kUnitColumns + 8 * g;
+  const T* b_column = b + column * b_stride + q * kChunk;
+  const auto stage_b = [&](int j) {
+    const int valid = min(max(rank - j - q * kChunk, 0), kChunk);
+    T* to = staged_b + j / kSpan % kStages * 8 * kExpandThreads * kChunk;
+    const T* row = b_column + j;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if constexpr (kVector) {  // columns come in whole eights
+        if (column < width) {
+          if constexpr (kChunk == 8) {
+            device::copy_async_16(to, row, 2 * valid);
+          } else {
+            device::copy_async_8(to, row, 2 * valid);
+          }
+        }
+      } else {
+        device::Chunk<T, kChunk> chunk;
+        device::load_scalars(chunk, row, column + i < width ? valid : 0);
+        *reinterpret_cast<device::Chunk<T, kChunk>*>(to) = chunk;
+      }
+      row += b_stride;
+      to += kExpandThreads * kChunk;
+    }
+  };
+  stage_b(0);
+  // Output o of a lane: token 8 * (o / 2) + 2 q + o % 2 of the tile, eight columns.
+  Y* outputs[4];
+#pragma unroll
+  for (int o = 0; o < 4; ++o) {
+    const int id = __shfl_sync(0xffffffffu, t.token, 8 * (o / 2) + 2 * q + o % 2);
+    outputs[o] = id >= 0 && column < width ? static_cast<Y*>(p.y) + id * p.y_stride +
+                                                 p.slices[slice].first_column + column
+                                           : nullptr;
+    if (kVector && outputs[o] != nullptr) {
+#pragma unroll
+      for (int i = 0; i < 8; i += 16 / static_cast<int>(sizeof(Y))) {
+        device::copy_async_16(staged_y + o * kExpandThreads * 8 + i, outputs[o] + i, 16);
+      }
+    }
+  }
+  device::copy_async_commit();
+  if (kStages > 1 && kSpan < rank) {
+    stage_b(kSpan);
+  }
+  device::copy_async_commit();
+  if (device::kNeedsScale<T> && thread < kTileTokens) {
+    token_max[thread] = 0;
+  }
+
+  device::grid_dependency_launch();
+  device::grid_dependency_wait();  // the partial products are all that was yet to come
+
+  const float scaling = __ldcg(p.batch.scalings + t.slot);
+  const int64_t part_stride =
+      int64_t{p.batch.num_tiles} * p.batch.num_slices * p.batch.max_rank * kTileTokens;
+  const float* partial =
+      p.batch.partial +
+      (int64_t{tile} * p.batch.num_slices * p.batch.max_rank + slice * rank) * kTileTokens;
+  const auto add_up = [&](int i) {  // four tokens of row i / kQuads
+    float4 sum = make_float4(0, 0, 0, 0);
+    if (i < rank * kQuads && i % kQuads * 4 < t.count) {
+      const float* from = partial + i * 4;
+#pragma unroll 8
+      for (int c = 0; c < p.batch.splits; ++c) {
+        const float4 next = __ldcg(reinterpret_cast<const float4*>(from));
+        sum.x += next.x, sum.y += next.y, sum.z += next.z, sum.w += next.w;
+        from += part_stride;
+      }
+    }
+    return make_float4(sum.x * scaling, sum.y * scaling, sum.z * scaling, sum.w * scaling);
+  };
+  if constexpr (device::kNeedsScale<T>) {
+    __syncthreads();
+    for (int i = thread; i < rank * kQuads; i += kExpandThreads) {
+      const float4 sum = add_up(i);
+      const float values[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        atomicMax(token_max + i % kQuads * 4 + e, __float_as_int(fabsf(values[e])));
+      }
+    }
+    __syncthreads();
+  }
+  const int padded = (rank + kSpan - 1) / kSpan * kSpan;
+  for (int i = thread; i < padded * kQuads; i += kExpandThreads) {
+    const int row = i / kQuads, token = i % kQuads * 4;
+    const float4 sum = add_up(i);
+    const float values[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float scale = device::kNeedsScale<T> ? device::scale_down(token_max[token + e]) : 1.0f;
+      T high, low;
+      device::split(values[e] * scale, high, low);
+      xa_high[(token + e) * xa_stride + row] = high;
+      xa_low[(token + e) * xa_stride + row] = low;
+    }
+  }
+  __syncthreads();
+
+  float acc[4][2][4] = {};
+  for (int j = 0; j < rank; j += kSpan) {
+    device::copy_async_wait<1>();
+    device::Chunk<T, kChunk> high[2], low[2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const int from = (8 * n + g) * xa_stride + j + q * kChunk;
+      high[n] = *reinterpret_cast<const device::Chunk<T, kChunk>*>(xa_high + from);
+      low[n] = *reinterpret_cast<const device::Chunk<T, kChunk>*>(xa_low + from);
+    }
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      device::Chunk<T, kChunk> weights[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        weights[h] = *reinterpret_cast<const device::Chunk<T, kChunk>*>(
+            staged_b + (j / kSpan % kStages * 8 + 2 * m + h) * kExpandThreads * kChunk);
+      }
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        if (n == 0 || t.count > 8 * n) {
+#pragma unroll
+          for (int w = 0; w < kChunk / 2; w += 2) {
+            device::mma<T>(acc[m][n], weights[0].words[w], weights[1].words[w],
+                           weights[0].words[w + 1], weights[1].words[w + 1], high[n].words[w],
+                           high[n].words[w + 1]);
+            device::mma<T>(acc[m][n], weights[0].words[w], weights[1].words[w],
+                           weights[0].words[w + 1], weights[1].words[w + 1], low[n].words[w],
+                           low[n].words[w + 1]);
+          }
+        }
+      }
+    }
+    if (j + kStages * kSpan < rank) {
+      stage_b(j + kStages * kSpan);
+    }
+    device::copy_async_commit();
+  }
+#pragma unroll
+  for (int o = 0; o < 4; ++o) {
+    if (outputs[o] == nullptr) {
+      continue;
+    }
+    float delta[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      delta[i] = acc[i / 2][o / 2][i % 2 * 2 + o % 2];
+      if constexpr (device::kNeedsScale<T>) {
+        delta[i] *= device::scale_up(token_max[8 * (o / 2) + 2 * q + o % 2]);
+      }
+    }
+    device::Outputs<Y> values;
+    if constexpr (kVector) {
+      values.load(staged_y + o * kExpandThreads * 8);
+      values.add(delta);
+      values.store(outputs[o]);
+    } else {
+      values.load_scalars(outputs[o], width - column);
+      values.add(delta);
+      values.store_scalars(outputs[o], width - column);
+    }
+  }
+}
+
+// Before the wait only partial products are unfinished: the shrink let this kernel start when all
+// that came before the shrink was done.
+template <typename T, typename Y, int kChunk, bool kGeneral>
+__global__ void __launch_bounds__(kExpandThreads, kChunk == 4 ? 6 : 4)
+    decode_expand_kernel(const __grid_constant__ DecodeExpandParams p) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  const int tile = blockIdx.x / p.blocks_per_tile;
+  int slice = 0, block = blockIdx.x % p.blocks_per_tile;
+  while (block >= p.slices[slice].blocks) {
+    block -= p.slices[slice++].blocks;
+  }
+  const DecodeTile t = read_tile(p.batch, tile, 0, 0);
+  if (t.slot < 0 || t.rank <= 0) {
+    return;
+  }
+  const auto& from = p.slices[slice];
+  const bool flat = kGeneral && p.b_offsets != nullptr;
+  const int64_t b_stride = flat ? t.rank : from.row_stride;
+  const T* b = static_cast<const T*>(from.b) +
+               (flat ? p.b_offsets[t.slot] : t.slot * from.slot_stride) + from.first_row * b_stride;
+  if constexpr (!kGeneral) {
+    decode_expand_body<T, Y, kChunk, true>(p, t, tile, slice, block, b, b_stride, shared);
+  } else {
+    if (p.vector_y && device::is_aligned(b, 2 * kChunk) && b_stride % kChunk == 0) {
+      decode_expand_body<T, Y, kChunk, true>(p, t, tile, slice, block, b, b_stride, shared);
+    } else {
+      decode_expand_body<T, Y, kChunk, false>(p, t, tile, slice, block, b, b_stride, shared);
+    }
+  }
+}
+
+}  // namespace lora_ext::cuda
