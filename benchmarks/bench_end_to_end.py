@@ -1,8 +1,9 @@
 """The decode step of a Llama-3-8B-shaped model (random weights), captured in one CUDA graph.
 
 Every linear layer has adapters. Columns: the step without LoRA in ms, and what each provider adds
-to it in %: lora_ext, the same for a batch in which nobody has an adapter (base_only), torch's loop
-and grouped GEMM and engines' kernels put into the same model, and PEFT's own layers ("peft" with
+to it in %: lora_ext after each GEMM, lora_linear (GEMM and adapters in one operator) where this
+build has it, lora_ext for a batch in which nobody has an adapter (base_only), torch's loop and
+grouped GEMM and engines' kernels put into the same model, and PEFT's own layers ("peft" with
 adapter_names, eager; "peft_one" with one adapter for all rows, captured).
 
 Attention is simplified: all requests have --context tokens in a static cache, and torch's
@@ -27,6 +28,7 @@ from lora_ext.benchmarking.end_to_end import (
     step_workloads,
 )
 from lora_ext.benchmarking.options import OWN
+from lora_ext.benchmarking.providers import LoRALinear
 from lora_ext.benchmarking.registry import MODELS
 from lora_ext.benchmarking.runner import Row, measure
 
@@ -51,7 +53,11 @@ def main() -> int:
     device = device_of(args)
     setting, limits = settings_of(args, device)
     where = report.machine(setting, limits)
-    wanted = {*args.providers.split(","), NONE, BASE_ONLY, OWN} if args.providers else None
+    wanted = (
+        {*args.providers.split(","), NONE, BASE_ONLY, LoRALinear.name, OWN}
+        if args.providers
+        else None
+    )
     model = MODELS[args.model]
     counts = [int(text) for text in args.adapters.split(",")]
     torch.manual_seed(0)

@@ -25,6 +25,7 @@ from lora_ext.benchmarking.floor import H200, Limits
 from lora_ext.benchmarking.moe import W2, W13, MoeProblem
 from lora_ext.benchmarking.registry import MODELS
 from lora_ext.benchmarking.runner import Measured, Row, measure
+from lora_ext.benchmarking.timing import time_together
 from lora_ext.benchmarking.workload import make_workload
 from lora_ext.cli import main
 
@@ -315,6 +316,24 @@ def test_bench_command_refuses_by_name(
 ) -> None:
     assert main(["bench", "--device", "cpu", *wrong]) == 2
     assert capsys.readouterr().err.startswith(f"lora-ext bench: {wrong[0]}")
+
+
+@pytest.mark.gpu
+def test_a_capture_that_fails_harms_no_other_candidate() -> None:
+    device = torch.device("cuda")
+    x = torch.ones(1000, device=device)
+    y = torch.empty_like(x)
+    candidates = {
+        "synchronises": Candidate(lambda i: x.sum().item(), lambda i: x, 1),
+        "fine": Candidate(lambda i: torch.add(x, 1, out=y), lambda i: y, 1),
+        "eager": Candidate(lambda i: x.sum().item(), lambda i: x, 1, captured=False),
+    }
+    for _ in range(2):
+        timings, failures = time_together(candidates, device, 3)
+        assert set(timings) == {"fine", "eager"} and set(failures) == {"synchronises"}
+        assert timings["fine"].captured and 0.1 < timings["fine"].us < 100
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+        assert torch.randn(100, device=device).isfinite().all() and (y == 2).all()
 
 
 @pytest.mark.gpu

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .case import Candidate, Case, Cost, Setting, Unsupported, relative_error
 from .decoder import Decoder, Linear
-from .providers import DenseProvider, LoRAExt, Peft, dense_providers
+from .providers import DenseProvider, LoRAExt, site_providers
 from .workload import Workload, make_workload
 
 GRID = "end to end"
@@ -50,9 +50,9 @@ class StepProblem:
     """One decode step of a batch.
 
     Providers: NONE is the model alone; "lora_ext" and others add adapters after each GEMM;
-    BASE_ONLY is "lora_ext" for a batch in which nobody has one; PEFT_MIXED is PEFT's own layers
-    with ``adapter_names``, eager; PEFT_ONE, where the batch has one adapter, PEFT's without names,
-    captured.
+    "lora_linear" is lora_ext's operator for GEMM and adapters together; BASE_ONLY is "lora_ext" for
+    a batch in which nobody has one; PEFT_MIXED is PEFT's own layers with ``adapter_names``, eager;
+    PEFT_ONE, where the batch has one adapter, PEFT's without names, captured.
     """
 
     grid: str
@@ -84,9 +84,8 @@ class StepProblem:
             NONE: steps.without,
             BASE_ONLY: steps.base_only,
         }
-        for name, provider in dense_providers().items():
-            if provider is not Peft:
-                makers[name] = partial(steps.after, provider, self.workload)
+        for name, provider in site_providers().items():
+            makers[name] = partial(steps.with_lora, provider, self.workload)
         makers[PEFT_MIXED] = partial(steps.peft, mixed=True)
         makers[PEFT_ONE] = partial(steps.peft, mixed=False)
         tolerance = TOLERANCE.get(setting.dtype, FP32_TOLERANCE)
@@ -114,10 +113,10 @@ class _Steps:
 
     def base_only(self) -> Candidate:
         slots = (-1,) * self.workload.num_tokens
-        return self.after(LoRAExt, replace(self.workload, token_slots=slots))
+        return self.with_lora(LoRAExt, replace(self.workload, token_slots=slots))
 
-    def after(self, provider_class: type[DenseProvider], workload: Workload) -> Candidate:
-        """A provider's adapters after each GEMM; its batch's metadata is shared by the layers."""
+    def with_lora(self, provider_class: type[DenseProvider], workload: Workload) -> Candidate:
+        """A provider's adapters at each site; its batch's metadata is shared by the layers."""
         like, sites = self.decoder.embedding, self.decoder.model.sites
         providers = {
             name: provider_class(site, workload, like.device, like.dtype)
@@ -129,9 +128,8 @@ class _Steps:
         ]
 
         def linear(layer: int, site: str, x: Tensor) -> Tensor:
-            y = self.decoder.base_linear(layer, site, x)
-            providers[site].apply(y, x, weights[layer][site])
-            return y
+            base = self.decoder.weights[layer][site]
+            return providers[site].linear(x, base, weights[layer][site])
 
         return self.candidate(linear, has_lora=bool(workload.tokens_of))
 

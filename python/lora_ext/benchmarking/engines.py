@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .case import Unsupported
-from .providers import DenseProvider
+from .providers import DenseProvider, unpack_a
 from .registry import Site
 from .workload import Workload
 
@@ -36,17 +36,17 @@ class Vllm(DenseProvider):
             meta = kernels.LoRAKernelMeta.make(workload.num_slots, workload.num_tokens, device)
             meta.prepare_tensors(slots)
             self.meta = meta.meta_args(workload.num_tokens, False)
+            # Its tables of weights are keyed by address and never dropped; addresses return.
+            tables = importlib.import_module(f"{kernels.__name__}.utils")
+            tables._LORA_A_PTR_DICT.clear()
+            tables._LORA_B_PTR_DICT.clear()
         except (AttributeError, TypeError) as error:
             raise Unsupported(f"this vLLM differs from 0.33: {error}") from error
 
     def load(self, lora_a: Tensor, lora_b: Tensor) -> Any:
         # As vLLM stores them: scaling in B, zeros behind each rank.
         workload, rank = self.workload, self.workload.max_rank
-        spaced = lora_a
-        if len(set(workload.ranks)) > 1:
-            from .providers import unpack_a
-
-            spaced = unpack_a(lora_a, self.site, workload)
+        spaced = unpack_a(lora_a, self.site, workload)
         scalings = torch.tensor(workload.scalings, dtype=lora_b.dtype, device=lora_b.device)
         scaled = lora_b * scalings[:, None, None]
         slices = range(self.site.num_slices)

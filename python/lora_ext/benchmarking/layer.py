@@ -19,21 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import report
-from .case import Candidate, Case, Cost, Setting, Unsupported, relative_error
+from .case import Candidate, Case, Cost, Setting, relative_error
 from .command import settings_of
 from .dense import DenseData
 from .options import OWN
-from .providers import LoRAExt, Peft, dense_providers
+from .providers import DenseProvider, LoRAExt, LoRALinear, site_providers
 from .registry import MODELS, Model
 from .runner import Row, measure
 from .workload import Workload, make_workload
 
 GRID = "layer"
-BASE, BASE_ONLY, SITE_OP = "base", "base_only", "lora_linear"
+BASE, BASE_ONLY = "base", "base_only"
 BATCHES = ((1, 1), (8, 8), (32, 1), (32, 32), (256, 1), (256, 32))
-
-# Does the site's GEMM and its adapters: (x, base weight, lora weights) to y.
-SiteRun = Callable[[Tensor, Tensor, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,8 +38,8 @@ class LayerProblem:
     """The linear sites of a decoder layer for one batch.
 
     Providers: BASE is the GEMMs alone; "lora_ext" and others add their adapters after each GEMM;
-    SITE_OP is lora_ext's operator for GEMM and adapters together; BASE_ONLY is "lora_ext" for a
-    batch in which nobody has an adapter.
+    "lora_linear" is lora_ext's operator for GEMM and adapters together; BASE_ONLY is "lora_ext" for
+    a batch in which nobody has an adapter.
     """
 
     grid: str
@@ -94,13 +91,11 @@ class LayerProblem:
         ]
         layer = _Layer(self.workload, data, weights)
         makers: dict[str, Callable[[], Candidate]] = {
-            BASE: partial(layer.candidate, _base, _nothing, has_lora=False),
+            BASE: layer.base,
             BASE_ONLY: layer.without_adapters,
-            SITE_OP: layer.site_op,
         }
-        for name, provider in dense_providers().items():
-            if provider is not Peft:
-                makers[name] = partial(layer.after, provider)
+        for name, provider in site_providers().items():
+            makers[name] = partial(layer.with_lora, provider, self.workload)
         return Case(makers, layer.error, max(setting.tolerance, 1e-4), num_sets)
 
 
@@ -110,23 +105,7 @@ class _Layer:
     data: list[DenseData]
     weights: list[Tensor]  # per site [sets, N, K]
 
-    def candidate(
-        self, runs: Sequence[SiteRun] | SiteRun, load: Callable[..., Any], has_lora: bool = True
-    ) -> Candidate:
-        """All sites with ``runs``, one for all or one each; ``load(site, A, B)`` once per set."""
-        each = list(runs) if isinstance(runs, Sequence) else [runs] * len(self.data)
-        num_sets = len(self.weights[0])
-        lora = [
-            [load(s, data.lora_a[i], data.lora_b[i]) for i in range(num_sets)]
-            for s, data in enumerate(self.data)
-        ]
-
-        def run(i: int) -> list[Tensor]:
-            return [
-                each[s](data.x[i], self.weights[s][i], lora[s][i])
-                for s, data in enumerate(self.data)
-            ]
-
+    def candidate(self, run: Callable[[int], list[Tensor]], has_lora: bool) -> Candidate:
         def result(i: int) -> Tensor:
             # Without adapters the deltas are added here, so that all are held against one result.
             outputs = [y.float() for y in run(i)]
@@ -135,57 +114,31 @@ class _Layer:
                 outputs = [y + data.delta(i) for y, data in pairs]
             return torch.cat(outputs, dim=1)
 
-        return Candidate(run, result, num_sets)
+        return Candidate(run, result, len(self.weights[0]))
 
-    def after(self, provider_class: Any, workload: Workload | None = None) -> Candidate:
-        """Adapters added to the result of each GEMM."""
-        first = self.data[0].y0
-        chosen = self.workload if workload is None else workload
-        providers = [
-            provider_class(data.site, chosen, first.device, first.dtype) for data in self.data
-        ]
-
-        def run(provider: Any, x: Tensor, weight: Tensor, lora: Any) -> Tensor:
-            y = F.linear(x, weight)
-            provider.apply(y, x, lora)
-            return y
-
+    def base(self) -> Candidate:
+        sites = list(zip(self.data, self.weights, strict=True))
         return self.candidate(
-            [partial(run, provider) for provider in providers],
-            lambda s, a, b: providers[s].load(a, b),
-            has_lora=workload is None,
+            lambda i: [F.linear(data.x[i], weight[i]) for data, weight in sites], has_lora=False
+        )
+
+    def with_lora(self, provider_class: type[DenseProvider], workload: Workload) -> Candidate:
+        first = self.data[0].y0
+        sites = []
+        for data, weight in zip(self.data, self.weights, strict=True):
+            provider = provider_class(data.site, workload, first.device, first.dtype)
+            lora = [provider.load(a, b) for a, b in zip(data.lora_a, data.lora_b, strict=True)]
+            sites.append((provider, data.x, weight, lora))
+        return self.candidate(
+            lambda i: [
+                provider.linear(x[i], weight[i], lora[i]) for provider, x, weight, lora in sites
+            ],
+            has_lora=bool(workload.tokens_of),
         )
 
     def without_adapters(self) -> Candidate:
-        tokens = self.workload.num_tokens
-        return self.after(LoRAExt, replace(self.workload, token_slots=(-1,) * tokens))
-
-    def site_op(self) -> Candidate:
-        if not hasattr(torch.ops.lora_ext, SITE_OP):
-            raise Unsupported(f"this build has no {SITE_OP}")
-        first = self.data[0].y0
-        providers = [
-            LoRAExt(data.site, self.workload, first.device, first.dtype) for data in self.data
-        ]
-
-        def run(own: LoRAExt, x: Tensor, weight: Tensor, lora: Any) -> Tensor:
-            y: Tensor = torch.ops.lora_ext.lora_linear(
-                x,
-                weight,
-                None,
-                [lora[0]],
-                [lora[1]],
-                own.ranks,
-                own.scalings,
-                own.plan,
-                own.site.output_slices,
-                own.workload.max_rank,
-            )
-            return y
-
-        return self.candidate(
-            [partial(run, provider) for provider in providers], lambda s, a, b: (a, b)
-        )
+        slots = (-1,) * self.workload.num_tokens
+        return self.with_lora(LoRAExt, replace(self.workload, token_slots=slots))
 
     def error(self, i: int, actual: Tensor) -> float:
         outputs = [
@@ -193,14 +146,6 @@ class _Layer:
             for data, weight in zip(self.data, self.weights, strict=True)
         ]
         return relative_error(actual, torch.cat(outputs, dim=1))
-
-
-def _base(x: Tensor, weight: Tensor, lora: Any) -> Tensor:
-    return F.linear(x, weight)
-
-
-def _nothing(*args: Any) -> None:
-    return None
 
 
 def layer_problems(model: str, ranks: Sequence[str] = ("16", "64")) -> list[LayerProblem]:
@@ -222,7 +167,7 @@ def run_layers(
     setting, limits = settings_of(args, device)
     wanted = None
     if args.providers:
-        wanted = {*args.providers.split(","), BASE, BASE_ONLY, SITE_OP, OWN}
+        wanted = {*args.providers.split(","), BASE, BASE_ONLY, LoRALinear.name, OWN}
     where = report.machine(setting, limits)
     rows: list[Row] = []
     columns: list[str] = []

@@ -11,6 +11,7 @@ from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
@@ -49,6 +50,12 @@ class DenseProvider:
 
     def apply(self, y: Tensor, x: Tensor, weights: Any) -> None:
         self.expand(y, self.shrink(x, weights), weights)
+
+    def linear(self, x: Tensor, weight: Tensor, weights: Any) -> Tensor:
+        """The whole site: the base product with ``weight [N, K]``, and the adapters."""
+        y = F.linear(x, weight)
+        self.apply(y, x, weights)
+        return y
 
     def int32(self, values: Any) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
@@ -101,6 +108,34 @@ class LoRAExt(DenseProvider):
             output_slices=self.site.output_slices,
             max_rank=self.workload.max_rank,
         )
+
+
+class LoRALinear(LoRAExt):
+    """This library's operator for base product and adapters together, for whole sites."""
+
+    name = "lora_linear"
+
+    def __init__(
+        self, site: Site, workload: Workload, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        if not hasattr(torch.ops.lora_ext, self.name):
+            raise Unsupported(f"this build has no {self.name}")
+        super().__init__(site, workload, device, dtype)
+
+    def linear(self, x: Tensor, weight: Tensor, weights: Any) -> Tensor:
+        y: Tensor = torch.ops.lora_ext.lora_linear(
+            x,
+            weight,
+            None,
+            [weights[0]],
+            [weights[1]],
+            self.ranks,
+            self.scalings,
+            self.plan,
+            self.site.output_slices,
+            self.workload.max_rank,
+        )
+        return y
 
 
 class TorchLoop(DenseProvider):
@@ -226,6 +261,12 @@ def dense_providers() -> dict[str, type[DenseProvider]]:
     return {provider.name: provider for provider in (*TORCH_PROVIDERS, *ENGINE_PROVIDERS)}
 
 
+def site_providers() -> dict[str, type[DenseProvider]]:
+    """Those that can stand behind or take over a base product inside a model."""
+    after = {name: provider for name, provider in dense_providers().items() if name != Peft.name}
+    return {LoRALinear.name: LoRALinear, **after}
+
+
 def make_plan(workload: Workload, device: torch.device) -> Tensor:
     """The batch plan of a workload."""
     size = ops.plan_size(workload.num_tokens, workload.num_slots)
@@ -236,8 +277,13 @@ def make_plan(workload: Workload, device: torch.device) -> Tensor:
 
 
 def unpack_a(lora_a: Tensor, site: Site, workload: Workload) -> Tensor:
-    """A with slice i of every slot at rows ``i * R``, zeros behind each rank."""
+    """A with slice i of every slot at rows ``i * R``, zeros behind each rank.
+
+    Where all ranks are R that is ``lora_a`` itself.
+    """
     top = workload.max_rank
+    if all(rank == top for rank in workload.ranks):
+        return lora_a
     spaced = torch.zeros_like(lora_a)
     for slot, rank in enumerate(workload.ranks):
         for i in range(site.num_slices):

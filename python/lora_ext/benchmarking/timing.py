@@ -22,7 +22,7 @@ from .case import Candidate
 
 MIN_CALLS = 16
 MIN_SAMPLE_MS = 2.0
-MAX_SAMPLE_MS = 60.0
+MAX_SAMPLE_MS = 30.0
 CPU_SAMPLE_MS = 10.0
 
 
@@ -115,15 +115,26 @@ def _capture(run: Callable[[], object], device: torch.device) -> torch.cuda.CUDA
     graph = torch.cuda.CUDAGraph()
     pool = torch.cuda.graph_pool_handle()
     try:
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        # The outer block brings the stream back where a failed capture does not.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream(device)),
+            torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+        ):
             run()
     except RuntimeError:
-        # A capture that fails half-way leaves the allocator on the graph's pool.
-        index = device.index if device.index is not None else torch.cuda.current_device()
-        with contextlib.suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(index, pool)
+        _forget_capture(device, pool)
         raise
     return graph
+
+
+def _forget_capture(device: torch.device, pool: Any) -> None:
+    """Undo what a capture that failed half-way leaves behind."""
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    with contextlib.suppress(RuntimeError):  # the allocator may be on the graph's pool
+        torch._C._cuda_endAllocateToPool(index, pool)
+    # The default generator may believe that it is being captured: a fresh state takes its place.
+    state = torch.Generator(device=f"cuda:{index}").graphsafe_get_state()
+    torch.cuda.default_generators[index].graphsafe_set_state(state)
 
 
 def _replay(graph: torch.cuda.CUDAGraph, times: int) -> None:
