@@ -9,6 +9,7 @@ as they are, in turn as well.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import statistics
 import time
@@ -97,17 +98,19 @@ def _sampler(candidate: Candidate, device: torch.device) -> _Sampler:
 
 
 def _cpu_sampler(candidate: Candidate) -> _Sampler:
-    run, sets = candidate.run, candidate.num_sets
+    # Samples go on where the last one ended: also short ones get round all sets.
+    sets = itertools.cycle(range(candidate.num_sets))
 
     def seconds(calls: int) -> float:
+        chosen = list(itertools.islice(sets, calls))
         start = time.perf_counter()
-        for i in range(calls):
-            run(i % sets)
+        for i in chosen:
+            candidate.run(i)
         return time.perf_counter() - start
 
-    seconds(sets)
-    once = seconds(sets) / sets
-    calls = sets * max(1, math.ceil(CPU_SAMPLE_MS / 1e3 / max(once, 1e-7) / sets))
+    seconds(1)
+    once_ms = max(seconds(1) * 1e3, 1e-4)
+    calls = max(1, math.ceil(CPU_SAMPLE_MS / once_ms))
     return _Sampler(lambda: seconds(calls), calls, False)
 
 
