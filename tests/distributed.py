@@ -35,7 +35,7 @@ class Workers:
     """The processes; ``run`` calls a function of a test module on each, with its device."""
 
     def __init__(self, device: str) -> None:
-        self._device = device
+        self.device = device
         self._pipes: list[Connection] = []
         self._processes: list[SpawnProcess] = []
 
@@ -77,7 +77,7 @@ class Workers:
         for rank in range(WORLD_SIZE):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(theirs, rank, self._device, store), daemon=True
+                target=_serve, args=(theirs, rank, self.device, store), daemon=True
             )
             process.start()
             theirs.close()

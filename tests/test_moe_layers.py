@@ -116,6 +116,8 @@ class Layer:
             )
             for w, b in zip(weights, biases, strict=True)
         ]
+        if parallel := options.get("expert_parallel"):
+            bases = [base.cut(parallel.experts) for base in bases]
         activation = gated_in_turns if interleaved else gated
         moe = FusedMoE(
             bases[0], bases[1], activation, NUM_SLOTS, MAX_RANK, interleaved=interleaved, **options

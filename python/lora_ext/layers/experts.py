@@ -78,6 +78,15 @@ class ExpertLinear(nn.Module):
         self.transposed = transposed
         self.num_experts, self.out_features, self.in_features = self._weights().shape
 
+    def cut(self, experts: Shard) -> ExpertLinear:
+        """Return a new layer with some of the experts, a copy."""
+        parts = [
+            None if whole is None else nn.Parameter(experts.of(whole.detach(), 0).clone(), False)
+            for whole in (self.weight, self.bias)
+        ]
+        assert parts[0] is not None
+        return ExpertLinear(parts[0], parts[1], transposed=self.transposed)
+
     def _weights(self) -> Tensor:
         return self.weight.transpose(1, 2) if self.transposed else self.weight
 

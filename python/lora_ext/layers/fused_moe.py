@@ -102,9 +102,14 @@ class FusedMoE(nn.Module):
         num_slots: int,
         max_rank: int,
         routing: Routing | None = None,
+        *,
+        expert_parallel: ExpertParallel | None = None,
         **options: Any,
     ) -> FusedMoE:
-        """Make the layer of a Hugging Face expert module, whose parameters it shares.
+        """Make the layer of a Hugging Face expert module.
+
+        It shares the module's parameters; of the whole module of an expert-parallel layer it copies
+        those of this process's experts.
 
         Raises:
             ValueError: the module is of another kind.
@@ -123,6 +128,9 @@ class FusedMoE(nn.Module):
             for name in ("gate_up_proj", "down_proj")
         )
         interleaved = not getattr(module, "is_concatenated", True)
+        if expert_parallel is not None and gate_up.num_experts == expert_parallel.experts.full:
+            gate_up = gate_up.cut(expert_parallel.experts)
+            down = down.cut(expert_parallel.experts)
         return cls(
             gate_up,
             down,
@@ -131,6 +139,7 @@ class FusedMoE(nn.Module):
             max_rank,
             routing,
             interleaved=interleaved,
+            expert_parallel=expert_parallel,
             **options,
         )
 
