@@ -174,6 +174,13 @@ struct EmbeddingParams {
   void* stream;
 };
 
+// y += xa B^T with such an xa, which goes through gather.xa where the kernel cannot do without.
+struct EmbeddingApplyParams {
+  EmbeddingParams gather;
+  ExpandParams expand;
+  void* stream;
+};
+
 // token_slots[t] = slot of the segment of t if its rank is not 0, else -1; enabled[l] = 1 where a
 // token has slot l.
 struct MoeInfoParams {

@@ -51,4 +51,9 @@ void embedding(const EmbeddingParams& p) {
   });
 }
 
+void embedding_apply(const EmbeddingApplyParams& p) {
+  embedding(p.gather);
+  expand(p.expand);
+}
+
 }  // namespace lora_ext::cpu

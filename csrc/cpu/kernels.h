@@ -14,6 +14,7 @@ void shrink(const ShrinkParams& params);
 void shrink_adapters(const ShrinkParams& params);
 void expand(const ExpandParams& params);
 void embedding(const EmbeddingParams& params);
+void embedding_apply(const EmbeddingApplyParams& params);
 void moe_info(const MoeInfoParams& params);
 void moe_align(const MoeAlignParams& params);
 

@@ -77,18 +77,8 @@ cudaError_t launch_expand(const ApplyParams& p, const ApplyConfig& config) {
   d.y = p.y;
   d.y_stride = p.y_stride;
   d.b_offsets = p.b.slot_offsets;
-  d.vector_y = is_multiple(p.y, p.y_stride, 8, 16);
   for (int i = 0; i < p.slices.count; ++i) {
-    auto& slice = d.slices[i];
-    slice.b = p.b.base[i];
-    slice.slot_stride = p.b.slot_stride[i];
-    slice.row_stride = p.b.row_stride[i];
-    slice.first_column = p.slices.offset[i];
-    slice.width = p.slices.offset[i + 1] - p.slices.offset[i];
-    slice.first_row = static_cast<int32_t>(p.b.first_row[i]);
-    slice.blocks = static_cast<int32_t>(ceil_div(slice.width, kExpandColumns));
-    d.blocks_per_tile += slice.blocks;
-    d.vector_y &= slice.first_column % 8 == 0 && slice.width % 8 == 0;
+    add_slice(d, p.b, p.slices, i);
   }
   const bool all_vector = d.vector_y && p.b.slot_offsets == nullptr &&
                           is_multiple(p.b, p.slices.count, kChunk, 2 * kChunk);

@@ -15,6 +15,7 @@
 #include "common/ptx.cuh"
 #include "common/vec.cuh"
 #include "kernels/heuristics.h"
+#include "kernels/launch.cuh"
 
 namespace lora_ext::cuda {
 
@@ -61,6 +62,21 @@ struct alignas(64) DecodeExpandParams {
     int32_t first_column, width, first_row, blocks;
   } slices[kMaxSlices];
 };
+
+// Slice i of `b`, with y's pointer and stride already in `p`.
+inline void add_slice(DecodeExpandParams& p, const Factor& b, const Slices& slices, int i) {
+  auto& slice = p.slices[i];
+  slice.b = b.base[i];
+  slice.slot_stride = b.slot_stride[i];
+  slice.row_stride = b.row_stride[i];
+  slice.first_column = slices.offset[i];
+  slice.width = slices.offset[i + 1] - slices.offset[i];
+  slice.first_row = static_cast<int32_t>(b.first_row[i]);
+  slice.blocks = (slice.width + kExpandColumns - 1) / kExpandColumns;
+  p.blocks_per_tile += slice.blocks;
+  p.vector_y = (i == 0 ? is_multiple(p.y, p.y_stride, 8, 16) : p.vector_y) &&
+               slice.first_column % 8 == 0 && slice.width % 8 == 0;
+}
 
 // What a CTA must know before its first load of weights; `token` is that of entry lane % 16.
 struct DecodeTile {
@@ -292,9 +308,45 @@ struct DecodeExpandTraits {
   }
 };
 
-template <typename T, typename Y, int kChunk, bool kVector>
+// Where the expand has xa from: the partial products of a shrink, all that was yet to come when the
+// kernel began.
+struct PartialProducts {
+  const float* first;  // [splits][...][rank][16 tokens]
+  int64_t stride;      // between splits
+  int splits;
+  const float* scaling_at;
+  float scaling;
+
+  __device__ __forceinline__ PartialProducts(const DecodeBatch& p, const DecodeTile& t, int tile,
+                                             int slice)
+      : first(p.partial +
+              (int64_t{tile} * p.num_slices * p.max_rank + slice * t.rank) * kTileTokens),
+        stride(int64_t{p.num_tiles} * p.num_slices * p.max_rank * kTileTokens),
+        splits(p.splits),
+        scaling_at(p.scalings + t.slot) {}
+
+  __device__ __forceinline__ void wait() {
+    device::grid_dependency_launch();
+    device::grid_dependency_wait();
+    scaling = __ldcg(scaling_at);
+  }
+  // Four tokens, from `token` on, of rank `row`.
+  __device__ __forceinline__ float4 quad(int row, int token) const {
+    float4 sum = make_float4(0, 0, 0, 0);
+    const float* from = first + row * kTileTokens + token;
+#pragma unroll 8
+    for (int c = 0; c < splits; ++c) {
+      const float4 next = __ldcg(reinterpret_cast<const float4*>(from));
+      sum.x += next.x, sum.y += next.y, sum.z += next.z, sum.w += next.w;
+      from += stride;
+    }
+    return make_float4(sum.x * scaling, sum.y * scaling, sum.z * scaling, sum.w * scaling);
+  }
+};
+
+template <typename T, typename Y, int kChunk, bool kVector, typename Source>
 __device__ __forceinline__ void decode_expand_body(const DecodeExpandParams& p, const DecodeTile& t,
-                                                   int tile, int slice, int block, const T* b,
+                                                   Source& xa, int slice, int block, const T* b,
                                                    int64_t b_stride, unsigned char* shared) {
   using Traits = DecodeExpandTraits<Y, kChunk>;
   constexpr int kSpan = Traits::kSpan, kStages = Traits::kStages;
@@ -364,32 +416,14 @@ __device__ __forceinline__ void decode_expand_body(const DecodeExpandParams& p, 
     token_max[thread] = 0;
   }
 
-  device::grid_dependency_launch();
-  device::grid_dependency_wait();  // the partial products are all that was yet to come
-
-  const float scaling = __ldcg(p.batch.scalings + t.slot);
-  const int64_t part_stride =
-      int64_t{p.batch.num_tiles} * p.batch.num_slices * p.batch.max_rank * kTileTokens;
-  const float* partial =
-      p.batch.partial +
-      (int64_t{tile} * p.batch.num_slices * p.batch.max_rank + slice * rank) * kTileTokens;
-  const auto add_up = [&](int i) {  // four tokens of row i / kQuads
-    float4 sum = make_float4(0, 0, 0, 0);
-    if (i < rank * kQuads && i % kQuads * 4 < t.count) {
-      const float* from = partial + i * 4;
-#pragma unroll 8
-      for (int c = 0; c < p.batch.splits; ++c) {
-        const float4 next = __ldcg(reinterpret_cast<const float4*>(from));
-        sum.x += next.x, sum.y += next.y, sum.z += next.z, sum.w += next.w;
-        from += part_stride;
-      }
-    }
-    return make_float4(sum.x * scaling, sum.y * scaling, sum.z * scaling, sum.w * scaling);
+  xa.wait();
+  const auto quad = [&](int row, int token) {
+    return row < rank && token < t.count ? xa.quad(row, token) : make_float4(0, 0, 0, 0);
   };
   if constexpr (device::kNeedsScale<T>) {
     __syncthreads();
     for (int i = thread; i < rank * kQuads; i += kExpandThreads) {
-      const float4 sum = add_up(i);
+      const float4 sum = quad(i / kQuads, i % kQuads * 4);
       const float values[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
@@ -401,7 +435,7 @@ __device__ __forceinline__ void decode_expand_body(const DecodeExpandParams& p, 
   const int padded = (rank + kSpan - 1) / kSpan * kSpan;
   for (int i = thread; i < padded * kQuads; i += kExpandThreads) {
     const int row = i / kQuads, token = i % kQuads * 4;
-    const float4 sum = add_up(i);
+    const float4 sum = quad(row, token);
     const float values[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
@@ -478,6 +512,23 @@ __device__ __forceinline__ void decode_expand_body(const DecodeExpandParams& p, 
   }
 }
 
+template <typename T, typename Y, int kChunk, bool kGeneral, typename Source>
+__device__ __forceinline__ void decode_expand(const DecodeExpandParams& p, const DecodeTile& t,
+                                              Source& xa, int slice, int block,
+                                              unsigned char* shared) {
+  const auto& from = p.slices[slice];
+  const bool flat = kGeneral && p.b_offsets != nullptr;
+  const int64_t b_stride = flat ? t.rank : from.row_stride;
+  const T* b = static_cast<const T*>(from.b) +
+               (flat ? p.b_offsets[t.slot] : t.slot * from.slot_stride) + from.first_row * b_stride;
+  // kGeneral: a tile finds out for itself whether its rows allow vector accesses.
+  if (!kGeneral || (p.vector_y && device::is_aligned(b, 2 * kChunk) && b_stride % kChunk == 0)) {
+    decode_expand_body<T, Y, kChunk, true>(p, t, xa, slice, block, b, b_stride, shared);
+  } else {
+    decode_expand_body<T, Y, kChunk, false>(p, t, xa, slice, block, b, b_stride, shared);
+  }
+}
+
 // Before the wait only partial products are unfinished: the shrink let this kernel start when all
 // that came before the shrink was done.
 template <typename T, typename Y, int kChunk, bool kGeneral>
@@ -493,20 +544,8 @@ __global__ void __launch_bounds__(kExpandThreads, kChunk == 4 ? 6 : 4)
   if (t.slot < 0 || t.rank <= 0) {
     return;
   }
-  const auto& from = p.slices[slice];
-  const bool flat = kGeneral && p.b_offsets != nullptr;
-  const int64_t b_stride = flat ? t.rank : from.row_stride;
-  const T* b = static_cast<const T*>(from.b) +
-               (flat ? p.b_offsets[t.slot] : t.slot * from.slot_stride) + from.first_row * b_stride;
-  if constexpr (!kGeneral) {
-    decode_expand_body<T, Y, kChunk, true>(p, t, tile, slice, block, b, b_stride, shared);
-  } else {
-    if (p.vector_y && device::is_aligned(b, 2 * kChunk) && b_stride % kChunk == 0) {
-      decode_expand_body<T, Y, kChunk, true>(p, t, tile, slice, block, b, b_stride, shared);
-    } else {
-      decode_expand_body<T, Y, kChunk, false>(p, t, tile, slice, block, b, b_stride, shared);
-    }
-  }
+  PartialProducts xa(p.batch, t, tile, slice);
+  decode_expand<T, Y, kChunk, kGeneral>(p, t, xa, slice, block, shared);
 }
 
 }  // namespace lora_ext::cuda

@@ -58,6 +58,7 @@ struct ApplyConfig {
 // The decode kernels pay while a tile's weights are what moves; past that x and y are, and the wide
 // kernels read each once.
 constexpr int64_t kDecodeMaxTokens = 256;
+constexpr int64_t kOneKernelTokens = 256;
 constexpr int kMaxSplits = 16;   // the expand adds up as many partial products, latency it pays
 constexpr int kDecodeWarps = 8;  // of a CTA of the shrink; they share K in steps of 32
 
@@ -97,6 +98,12 @@ inline ApplyConfig apply_config(const ApplyShape& s) {
   const bool small = tiles * rows * s.in_features * 2 <= kPrefetchBytes;
   return {true, blocks, static_cast<int>(splits),
           small ? static_cast<int>(s.in_features) : 4 * 32 * kDecodeWarps};
+}
+
+// An embedding's gather and expand in one launch; with many tokens the wide expand, which reads B
+// for more of them at a time, is worth a launch of its own.
+inline bool embedding_is_one_kernel(int64_t num_tokens, bool half) {
+  return half && num_tokens <= kOneKernelTokens;
 }
 
 struct ShrinkShape {

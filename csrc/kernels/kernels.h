@@ -15,6 +15,7 @@ int expand(const ExpandParams& params);
 int apply(const ApplyParams& params);
 int64_t apply_workspace(const ApplyParams& params);  // fp32 elements
 int embedding(const EmbeddingParams& params);
+int embedding_apply(const EmbeddingApplyParams& params);
 int moe_info(const MoeInfoParams& params);
 
 const char* error_string(int error);

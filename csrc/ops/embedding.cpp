@@ -100,8 +100,8 @@ void lora_embedding_apply_(const Tensor y, const Tensor ids, const Tensor lora_a
   expand.max_rank = params.max_rank;
   expand.after_xa = true;
   if (output.rows > 0 && output.columns > 0) {
-    launch("lora_embedding_apply_", ids, params, LORA_EXT_KERNEL(embedding));
-    launch("lora_embedding_apply_", ids, expand, LORA_EXT_KERNEL(expand));
+    EmbeddingApplyParams both{params, expand, nullptr};
+    launch("lora_embedding_apply_", ids, both, LORA_EXT_KERNEL(embedding_apply));
   }
 }
 
