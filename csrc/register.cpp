@@ -20,6 +20,11 @@ STABLE_TORCH_LIBRARY(lora_ext, m) {
       "Tensor scalings, Tensor plan, int[] output_slices, int max_rank, Tensor? a_offsets=None, "
       "Tensor? b_offsets=None, bool batch_invariant=False) -> Tensor");
   m.def(
+      "lora_apply_backward(Tensor dy, Tensor x, Tensor[] lora_a, Tensor[] lora_b, Tensor ranks, "
+      "Tensor scalings, Tensor plan, int[] output_slices, int max_rank, Tensor? a_offsets, "
+      "Tensor? b_offsets, bool needs_dx, bool needs_da, bool needs_db) "
+      "-> (Tensor dx, Tensor[] da, Tensor[] db)");
+  m.def(
       "lora_embedding(Tensor ids, Tensor lora_a, Tensor ranks, Tensor scalings, Tensor plan, "
       "int vocab_start=0, Tensor? extra_a=None) -> Tensor");
   m.def(

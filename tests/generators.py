@@ -249,6 +249,26 @@ def apply_arguments(module: Module, weights: Weights, plan: Tensor) -> tuple[Any
     )
 
 
+def apply(
+    y: Tensor, x: Tensor, module: Module, weights: Weights, plan: Tensor, **options: Any
+) -> Tensor:
+    """`lora_apply` with the arguments of a module."""
+    return ops.lora_apply(
+        y,
+        x,
+        weights.lora_a,
+        weights.lora_b,
+        module.ranks,
+        module.scalings,
+        plan,
+        output_slices=module.output_slices,
+        max_rank=module.max_rank,
+        a_offsets=weights.a_offsets,
+        b_offsets=weights.b_offsets,
+        **options,
+    )
+
+
 def apply_(
     y: Tensor, x: Tensor, module: Module, weights: Weights, plan: Tensor, **options: Any
 ) -> None:

@@ -154,6 +154,18 @@ inline ExpandParams expand_of(const ApplyParams& p) {
   return expand;
 }
 
+// Gradients of an apply from dy, the gradient of its result. With g = scaling * dy B for each
+// token,
+//   dx = g A,   dA = the sum of g^T x and dB = the sum of dy^T xa over the tokens of a slot.
+struct ApplyBackwardParams {
+  ApplyParams apply;  // as it was, but y is dy, and workspace is for xa, where dB is wanted
+  void* g;            // [T, S * R] fp32 (fp64 where dtype is), where dx or dA is wanted
+  void* dx;           // [T, K], zeros, or null
+  Factor da, db;      // of zeros, laid out as A and B are
+  bool wants_da, wants_db;
+  void* stream;
+};
+
 // xa[t, j] = scaling * A[slot, j, id - vocab_start], or extra_a[slot, id - vocab_start - V, j]
 // behind the vocabulary.
 struct EmbeddingParams {

@@ -22,6 +22,7 @@ void moe_align(const MoeAlignParams& params);
 // params.workspace.
 int64_t apply_workspace(const ApplyParams& params);
 void apply(const ApplyParams& params);
+void apply_backward(const ApplyBackwardParams& params);
 int64_t moe_apply_workspace(const MoeApplyParams& params);  // bytes
 void moe_apply(const MoeApplyParams& params);
 

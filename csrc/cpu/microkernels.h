@@ -44,6 +44,21 @@ struct GatherParams {
   void* out;
 };
 
+// to[i][n] = from[i][first + n], in fp32 (fp64)
+struct WidenParams {
+  const void* const* from;  // a row each
+  int64_t num_rows, first, count;
+  void* to;
+  int64_t to_stride;
+};
+
+// to[n] = from[n], rounded; from holds fp32, or fp64 where `to` does.
+struct NarrowParams {
+  const void* from;
+  int64_t count;
+  void* to;
+};
+
 constexpr int kNumDTypes = 4;
 constexpr int kMaxLanes = 16;  // fp32 elements of the widest vector
 constexpr int kMaxPanelBytes = kMaxRank * kMaxLanes * static_cast<int>(sizeof(float));
@@ -55,6 +70,9 @@ struct Microkernels {
   void (*gather[kNumDTypes])(const GatherParams&);             // by dtype of A
   void (*pack[kNumDTypes])(const PackParams&);                 // by dtype of B
   void (*accumulate[2][kNumDTypes])(const AccumulateParams&);  // by (panel is fp64), dtype of y
+
+  void (*widen[2][kNumDTypes])(const WidenParams&);  // by (to is fp64), dtype of from
+  void (*narrow[kNumDTypes])(const NarrowParams&);   // by dtype of to
 
   int lanes(DType dtype) const { return vector_bytes / (dtype == DType::kFloat64 ? 8 : 4); }
 };

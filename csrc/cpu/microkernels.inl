@@ -178,6 +178,47 @@ void accumulate(const AccumulateParams& p) {
   if (token < p.num_tokens) accumulate_block<1, Scalar, Y>(p, token);
 }
 
+// ---- widen and narrow
+
+template <class Scalar, class T>
+void widen(const WidenParams& p) {
+  using Vector = typename Accumulation<T>::Vector;
+  constexpr int kWidth = kLanes<Vector>;
+  for (int64_t i = 0; i < p.num_rows; ++i) {
+    const T* const from = static_cast<const T*>(p.from[i]) + p.first;
+    Scalar* const to = static_cast<Scalar*>(p.to) + i * p.to_stride;
+    for (int64_t n = 0; n < p.count; n += kWidth) {
+      const int64_t rest = p.count - n;
+      const Vector values = rest < kWidth ? load_partial(from + n, rest) : load(from + n);
+      if constexpr (sizeof(values[0]) == sizeof(Scalar)) {
+        if (rest >= kWidth) {
+          store(to + n, values);
+          continue;
+        }
+      }
+      for (int64_t lane = 0; lane < kWidth && lane < rest; ++lane) {
+        to[n + lane] = static_cast<Scalar>(values[lane]);
+      }
+    }
+  }
+}
+
+template <class T>
+void narrow_row(const NarrowParams& p) {
+  using Vector = typename Accumulation<T>::Vector;
+  using Scalar = typename Accumulation<T>::Scalar;
+  constexpr int kWidth = kLanes<Vector>;
+  const Scalar* const from = static_cast<const Scalar*>(p.from);
+  T* const to = static_cast<T*>(p.to);
+  int64_t n = 0;
+  for (; n + kWidth <= p.count; n += kWidth) store(to + n, load(from + n));
+  if (n < p.count) {
+    T rest[kWidth];
+    store(rest, load_partial(from + n, p.count - n));
+    for (int64_t lane = 0; n + lane < p.count; ++lane) to[n + lane] = rest[lane];
+  }
+}
+
 // In the order of DType.
 constexpr Microkernels table(const char* name) {
   return Microkernels{
@@ -190,6 +231,10 @@ constexpr Microkernels table(const char* name) {
         accumulate<float, double>},
        {accumulate<double, float>, accumulate<double, Float16>, accumulate<double, BFloat16>,
         accumulate<double, double>}},
+      {{widen<float, float>, widen<float, Float16>, widen<float, BFloat16>, widen<float, double>},
+       {widen<double, float>, widen<double, Float16>, widen<double, BFloat16>,
+        widen<double, double>}},
+      {narrow_row<float>, narrow_row<Float16>, narrow_row<BFloat16>, narrow_row<double>},
   };
 }
 

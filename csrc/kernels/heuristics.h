@@ -144,4 +144,17 @@ inline bool expand_is_narrow(int64_t num_tokens, int64_t num_slots, int64_t out_
          sm_count;
 }
 
+// CTAs of a cluster that share one sum of the gradients' kernels, `steps` steps long: as long as
+// each keeps eight steps, which take about as long as it does to join the partial sums, and all
+// have room on the chip. `blocks` are the sums.
+constexpr int kProductBlocksPerSm = 4;  // as many as 128 registers for each of 128 threads allow
+inline int gradient_cluster(int64_t blocks, int64_t steps, int sm_count, bool clusters) {
+  int cluster = 1;
+  while (clusters && cluster < 8 && steps >= 16 * cluster &&
+         blocks * 2 * cluster <= resident_blocks(sm_count, kProductBlocksPerSm, 2 * cluster)) {
+    cluster *= 2;
+  }
+  return cluster;
+}
+
 }  // namespace lora_ext

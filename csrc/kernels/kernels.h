@@ -14,6 +14,7 @@ int shrink(const ShrinkParams& params);
 int expand(const ExpandParams& params);
 int apply(const ApplyParams& params);
 int64_t apply_workspace(const ApplyParams& params);  // fp32 elements
+int apply_backward(const ApplyBackwardParams& params);
 int embedding(const EmbeddingParams& params);
 int embedding_apply(const EmbeddingApplyParams& params);
 int moe_info(const MoeInfoParams& params);

@@ -1,34 +1,35 @@
 // lora_apply_: y += scaling * (x A^T) B^T, shrink and expand in one op; lora_apply is its
 // functional form.
+#include "ops/apply.h"
+
 #include <torch/csrc/stable/ops.h>
 
 #include "ops/dispatch.h"
 
 namespace lora_ext {
-namespace {
 
-void lora_apply_(const Tensor y, const Tensor x, const Tensors lora_a, const Tensors lora_b,
-                 const Tensor ranks, const Tensor scalings, const Tensor plan,
-                 const std::vector<int64_t> output_slices, int64_t max_rank,
-                 const OptionalTensor a_offsets, const OptionalTensor b_offsets,
-                 bool batch_invariant) {
+ApplyParams apply_params(const char* y_name, const Tensor& y, const Tensor& x,
+                         const Tensors& lora_a, const Tensors& lora_b, const Tensor& ranks,
+                         const Tensor& scalings, const Tensor& plan,
+                         const std::vector<int64_t>& output_slices, int64_t max_rank,
+                         const OptionalTensor& a_offsets, const OptionalTensor& b_offsets) {
   const Matrix input = matrix_of("x", x);
-  const Matrix output = matrix_of("y", y);
+  const Matrix output = matrix_of(y_name, y);
   const Slots slots = slots_of(ranks, plan, x);
-  check(input.rows == output.rows, "x has ", input.rows, " tokens, y has ", output.rows);
-  check(y.is_cuda() == x.is_cuda(), "y is ", describe(y), ", x is ", describe(x));
+  check(input.rows == output.rows, "x has ", input.rows, " tokens, ", y_name, " has ", output.rows);
+  check(y.is_cuda() == x.is_cuda(), y_name, " is ", describe(y), ", x is ", describe(x));
   check_tokens("x", input.rows, slots.plan);
 
   ApplyParams params{};
   params.x = input.data;
   params.x_stride = input.stride;
   params.dtype = input.dtype;
-  params.y = y.mutable_data_ptr();
   params.y_stride = output.stride;
   params.y_dtype = output.dtype;
   params.slices = slices_of(output_slices);
   const int32_t width = params.slices.offset[params.slices.count];
-  check(output.columns >= width, "y has ", output.columns, " columns, output_slices need ", width);
+  check(output.columns >= width, y_name, " has ", output.columns, " columns, output_slices need ",
+        width);
   params.max_rank = checked_rank(max_rank);
   params.a = factor_a(lora_a, a_offsets, params.slices.count, max_rank, input.columns, input.dtype,
                       slots, x);
@@ -38,8 +39,21 @@ void lora_apply_(const Tensor y, const Tensor x, const Tensors lora_a, const Ten
   params.plan = slots.plan;
   params.num_tokens = input.rows;
   params.in_features = input.columns;
+  return params;
+}
+
+namespace {
+
+void lora_apply_(const Tensor y, const Tensor x, const Tensors lora_a, const Tensors lora_b,
+                 const Tensor ranks, const Tensor scalings, const Tensor plan,
+                 const std::vector<int64_t> output_slices, int64_t max_rank,
+                 const OptionalTensor a_offsets, const OptionalTensor b_offsets,
+                 bool batch_invariant) {
+  ApplyParams params = apply_params("y", y, x, lora_a, lora_b, ranks, scalings, plan, output_slices,
+                                    max_rank, a_offsets, b_offsets);
+  params.y = y.mutable_data_ptr();
   params.batch_invariant = batch_invariant;
-  if (input.rows == 0 || width == 0) {
+  if (params.num_tokens == 0 || params.slices.offset[params.slices.count] == 0) {
     return;
   }
   int64_t elements = cpu::apply_workspace(params);
@@ -48,7 +62,7 @@ void lora_apply_(const Tensor y, const Tensor x, const Tensors lora_a, const Ten
     elements = cuda::apply_workspace(params);
   }
 #endif
-  const Tensor workspace = empty_accumulator(x, input.dtype, {elements});
+  const Tensor workspace = empty_accumulator(x, params.dtype, {elements});
   params.workspace = workspace.mutable_data_ptr();
   launch("lora_apply_", x, params, LORA_EXT_KERNEL(apply));
 }

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 # A library that does not load must not keep `lora-ext collect-env` from saying so: the import goes
 # on with a warning, and whatever needs the ops raises the same ImportError.
 try:
+    from . import _autograd as _autograd
     from . import ops
 except ImportError as error:
     warnings.warn(f"torch.ops.lora_ext is not available: {error}", RuntimeWarning, stacklevel=2)

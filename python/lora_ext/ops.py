@@ -97,6 +97,9 @@ def plan_batch_(
     checks on the host).
     """
     _plan_batch_(plan, slots, seg_lens, seg_indptr, num_slots)
+    if not torch.compiler.is_compiling():
+        # A backward pass that saved the plan must find the batch it was made for, or raise.
+        torch.autograd.graph.increment_version(plan)
 
 
 def lora_shrink(
@@ -195,7 +198,13 @@ def lora_apply(
     b_offsets: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
-    """:func:`lora_apply_` out of place: returns y plus the delta, y is left alone."""
+    """:func:`lora_apply_` out of place: returns y plus the delta, y is left alone.
+
+    Differentiable (once) in y, x, ``lora_a`` and ``lora_b``, not in ``scalings``, which raises. The
+    gradients of the weights have their layout, with zeros in slots that no token uses and behind a
+    slot's rank; in the flat layout, slots must not overlap. The plan must not be refilled before
+    the backward pass, which then raises.
+    """
     out: Tensor = _lora_apply(
         y,
         x,
