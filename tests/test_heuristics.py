@@ -117,3 +117,16 @@ def test_the_expand_is_narrow_for_small_batches_only(**shape: int) -> None:
     narrow = [testing.expand_is_narrow(num_tokens=2**i, **shape) for i in range(24)]
     assert narrow == sorted(narrow, reverse=True)
     assert not narrow[-1]
+
+
+@given(
+    blocks=st.integers(0, 100_000),
+    steps=st.integers(0, 100_000),
+    sm_count=SM_COUNTS,
+    clusters=st.booleans(),
+)
+def test_a_gradient_is_shared_only_where_there_is_enough_to_sum(**shape: int) -> None:
+    cluster = testing.gradient_cluster(**shape)
+    assert cluster in ((1, 2, 4, 8) if shape["clusters"] else (1,))
+    assert cluster == 1 or shape["steps"] >= 8 * cluster
+    assert cluster == 1 or shape["blocks"] * cluster <= 4 * shape["sm_count"]

@@ -167,12 +167,3 @@ def test_a_captured_graph_holds_for_every_later_mix() -> None:
         return logits
 
     replays_right(model, batch, replay)
-
-
-def test_grad_is_refused() -> None:
-    model = Model()
-    model.up.base.requires_grad_(True)
-    batch = LoRABatch(64, NUM_SLOTS)
-    batch.update([1])
-    with model.routing.using(batch), pytest.raises(RuntimeError, match="are for inference"):
-        model(torch.tensor([1]))

@@ -75,6 +75,11 @@ void bind_expand(py::module_& m) {
         "out_features"_a, "sm_count"_a);
 }
 
+void bind_gradient(py::module_& m) {
+  m.def("gradient_cluster", &gradient_cluster, py::kw_only(), "blocks"_a, "steps"_a, "sm_count"_a,
+        "clusters"_a);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_testing, m) {
@@ -83,4 +88,5 @@ PYBIND11_MODULE(_testing, m) {
   bind_apply(m);
   bind_shrink(m);
   bind_expand(m);
+  bind_gradient(m);
 }

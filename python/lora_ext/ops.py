@@ -282,10 +282,15 @@ def moe_lora_info_(
     _moe_lora_info_(token_slots, enabled, seg_indptr, seg_slots, ranks)
 
 
+def records_grad(*tensors: Tensor) -> bool:
+    """Whether autograd would record an op on these tensors, which must then not write in place."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
 def _refuse_grad(op: str, *tensors: Tensor) -> None:
     """In-place custom ops leave no trace in autograd: without this the gradients would be silently
     wrong."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if records_grad(*tensors):
         raise RuntimeError(
             f"{op} writes in place and is for inference, but an argument requires grad; "
             "use lora_ext.ops.lora_apply, which is functional, or run under torch.no_grad()"

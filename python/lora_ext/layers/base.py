@@ -248,15 +248,6 @@ class LoRAModule(nn.Module):
         return self
 
 
-def require_inference(y: Tensor) -> None:
-    """Raise where adding in place would give wrong gradients without a word."""
-    if y.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(
-            "lora_ext's layers add adapters in place and are for inference: call the model under "
-            "torch.no_grad() or torch.inference_mode(); for training use lora_ext.ops.lora_apply"
-        )
-
-
 def _equal(own: Tensor, given: Tensor) -> bool:
     given = given.to(own.device)
     # Either may have been stored with fewer digits.

@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from .. import ops
-from .base import LoRAModule, require_inference
+from .base import LoRAModule
 from .routing import Routing
 from .sharding import Shard, TensorParallel
 
 
 class LoRALinear(LoRAModule):
-    """``nn.Linear`` plus the adapter of each token: y += scaling * (x A^T) B^T, in place.
+    """``nn.Linear`` plus the adapter of each token: y += scaling * (x A^T) B^T.
+
+    In place, but where autograd records it: x, the base weight and, once ``requires_grad_`` is
+    called on them, ``lora_a`` and ``lora_b`` get their gradients.
 
     Without shards it is a layer that every process has whole, whatever the others do. Subclasses
     say which part of a layer ``base`` is, and what the ranks exchange.
@@ -49,8 +52,9 @@ class LoRALinear(LoRAModule):
         plan = self._plan(x.shape[:-1])
         if plan is None or not self.out_features:
             return y
-        require_inference(y)
-        ops.lora_apply_(
+        self.parallel.require_inference(y, self.lora_a, self.lora_b)
+        training = ops.records_grad(y, self.lora_a, self.lora_b)
+        result = (ops.lora_apply if training else ops.lora_apply_)(
             y.view(-1, y.shape[-1]),
             x.reshape(-1, self.in_features).to(self.lora_a.dtype),
             [self.lora_a],
@@ -61,4 +65,4 @@ class LoRALinear(LoRAModule):
             output_slices=self.output_sizes,
             max_rank=self.max_rank,
         )
-        return y
+        return y if result is None else result.view(y.shape)

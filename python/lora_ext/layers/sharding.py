@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..ops import records_grad
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -79,10 +81,18 @@ class TensorParallel:
     def __deepcopy__(self, memo: dict[int, Any]) -> TensorParallel:
         return self  # a copied layer has the same ranks to talk to
 
+    def require_inference(self, *tensors: Tensor) -> None:
+        """Raise where there are other ranks, to which no gradient would find its way."""
+        if self.size > 1 and records_grad(*tensors):
+            raise RuntimeError(
+                "tensor-parallel layers are for inference, no gradient goes through their "
+                "exchange: call the model under torch.no_grad() or torch.inference_mode()"
+            )
+
     def all_reduce(self, y: Tensor) -> Tensor:
         """Return the sum over all ranks; y may be written to."""
         if self.size > 1:
-            _require_inference(y)
+            self.require_inference(y)
             y = y.contiguous()
             dist.all_reduce(y, group=self.group)
         return y
@@ -91,7 +101,7 @@ class TensorParallel:
         """Return the ranks' y ``[..., n]`` side by side, ``[..., size * n]``."""
         if self.size == 1:
             return y
-        _require_inference(y)
+        self.require_inference(y)
         rows = y.reshape(-1, y.shape[-1])
         parts = y.new_empty((self.size * rows.shape[0], y.shape[-1]))
         _all_gather(parts, rows.contiguous(), group=self.group)
@@ -105,14 +115,6 @@ class TensorParallel:
         votes = [False] * self.size
         dist.all_gather_object(votes, verdict, group=self.group)
         return all(votes)
-
-
-def _require_inference(y: Tensor) -> None:
-    if y.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(
-            "tensor-parallel layers are for inference, no gradient goes through their exchange: "
-            "call the model under torch.no_grad() or torch.inference_mode()"
-        )
 
 
 def vocabulary_rows(vocab_size: int, num_ranks: int) -> int:
