@@ -337,7 +337,7 @@ def test_layers_without_work_launch_nothing(
     calls = []
     apply_ = lora_ext.ops.lora_apply_
     monkeypatch.setattr(
-        lora_ext.ops, "lora_apply_", lambda *args, **kw: (calls.append(1), apply_(*args, **kw))
+        lora_ext.ops, "lora_apply_", lambda *args, **kw: calls.append(1) or apply_(*args, **kw)
     )
     with torch.no_grad():
         lora(**prompts(2), adapters=[None, None])
