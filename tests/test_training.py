@@ -128,7 +128,7 @@ def test_an_embedding_refuses_what_it_cannot_record(trained: str) -> None:
         frozen = layer(ids)
         assert not frozen.requires_grad
         getattr(layer, trained).requires_grad_()
-        with pytest.raises(RuntimeError, match="is for inference"):
+        with pytest.raises(RuntimeError, match="are for inference"):
             layer(ids)
         with torch.no_grad():
             assert torch.equal(layer(ids), frozen)

@@ -318,7 +318,7 @@ def test_a_batch_that_is_no_multiple_of_the_rows(directories: dict[str, Path]) -
 def test_grad_is_refused_and_inference_mode_is_not(directories: dict[str, Path]) -> None:
     lora = wrapped(tiny_model(), directories)
     batch = prompts(2)
-    with pytest.raises(RuntimeError, match="is for inference"):
+    with pytest.raises(RuntimeError, match="are for inference"):
         lora(**batch, adapters=["attention", None])
     lora(**batch, adapters=[None, None]).logits.sum().backward()  # the base model's own
     with torch.no_grad():

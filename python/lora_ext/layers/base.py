@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..ops import records_grad
 from .routing import BatchPlan, Routing, RowPlans
 from .sharding import Shard, TensorParallel, cut_rows
 
@@ -246,6 +247,16 @@ class LoRAModule(nn.Module):
         # Scalings stay fp32 when a model is moved to another dtype.
         self.scalings = scalings.to(self.ranks.device)
         return self
+
+
+def require_inference(*tensors: Tensor) -> None:
+    """Raise where adding in place would give wrong gradients without a word."""
+    if records_grad(*tensors):
+        raise RuntimeError(
+            "embeddings and expert layers add adapters in place and are for inference, but what "
+            "they add to, or their adapters, requires grad: freeze it, or call the model under "
+            "torch.no_grad() or torch.inference_mode()"
+        )
 
 
 def _equal(own: Tensor, given: Tensor) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .base import LoRAModule
+from .base import LoRAModule, require_inference
 from .routing import Routing
 from .sharding import Shard, TensorParallel
 
@@ -65,11 +65,7 @@ class LoRAEmbedding(LoRAModule):
         plan = self._plan(ids.shape)
         if plan is None:
             return y
-        if ops.records_grad(y, self.lora_a, self.lora_b):
-            raise RuntimeError(
-                "LoRAEmbedding adds adapters in place and is for inference, but its base weight or "
-                "its adapters require grad: freeze them, or call the model under torch.no_grad()"
-            )
+        require_inference(y, self.lora_a, self.lora_b)
         ops.lora_embedding_apply_(
             y.view(-1, self.out_features),
             ids.reshape(-1),
