@@ -443,8 +443,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "target_parameters": ["layers.1.mlp.experts.down_proj"],
     },
     "attention": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
+    "all": {"r": 4, "target_modules": "all-linear"},  # routers too; gate and up together rank 8
 }
-ROWS = ["experts", None, "down", "attention", "experts", None]
+ROWS = ["experts", None, "down", "all", "attention", "experts", None]
 
 
 @on_devices

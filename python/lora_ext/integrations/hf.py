@@ -16,11 +16,13 @@ from ..layers import (
     LoRALinear,
     LoRALMHead,
     LoRAModule,
+    LoRARouter,
     LoRASlice,
     Routing,
     RowPlans,
 )
 from ..layers.fused_moe import is_experts
+from ..layers.router import is_router
 from ..pool import AdapterInfo, AdapterPool
 
 if TYPE_CHECKING:
@@ -157,7 +159,7 @@ def wrap(
         max_adapters: adapters that can be loaded at a time.
         max_rank: the highest rank of an adapter's module, up to 1024.
         target_modules: layers that can be adapted, by their names or the last parts of them; None:
-            all linear layers, the experts of MoE layers, the input embedding and the output
+            all linear layers, experts and routers of MoE layers, the input embedding and the output
             projection.
         shared_outer_experts: all experts of a layer share A of gate and up, and B of down, as in
             adapters that are trained so: saves their memory, and refuses other adapters.
@@ -204,11 +206,14 @@ def require_plain(model: PreTrainedModel) -> None:
 
 def _targets(name: str, layer: LoRAModule | FusedMoE) -> dict[str, LoRAModule | LoRASlice]:
     """Return what adapters of the layer go into, by the names that they have in adapters."""
-    if isinstance(layer, LoRAModule):
-        return {name: layer}
-    # Mixtral's adapters may be older than the name that its layers have now.
-    names = dict.fromkeys([name, name.replace(".mlp.", ".block_sparse_moe.")])
-    return {f"{known}.{part}": target for known in names for part, target in layer.targets.items()}
+    parts = {"": layer} if isinstance(layer, LoRAModule) else layer.targets
+    names = [name]
+    if isinstance(layer, (FusedMoE, LoRARouter)):
+        # Mixtral's adapters may be older than the name that its layers have now.
+        names.append(name.replace(".mlp.", ".block_sparse_moe."))
+    return {
+        f"{known}.{part}".rstrip("."): target for known in names for part, target in parts.items()
+    }
 
 
 def _select(model: PreTrainedModel, targets: Sequence[str] | None) -> dict[str, nn.Module]:
@@ -216,7 +221,7 @@ def _select(model: PreTrainedModel, targets: Sequence[str] | None) -> dict[str, 
     adaptable = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, (nn.Linear, nn.Embedding)) or is_experts(module)
+        if isinstance(module, (nn.Linear, nn.Embedding)) or is_experts(module) or is_router(module)
     }
     if targets is None:
         embedding = model.get_input_embeddings()
@@ -261,6 +266,8 @@ def _layer(
             return LoRAEmbedding(module, *limits)
         if isinstance(module, nn.Linear):
             return LoRALMHead(module, *limits) if is_head else LoRALinear(module, *limits)
+        if is_router(module):
+            return LoRARouter(module, *limits)
         return FusedMoE.from_experts(module, *limits, shared_outer=shared_outer)
     except ValueError as error:
         raise ValueError(f"layer {name!r} cannot take adapters: {error}") from error

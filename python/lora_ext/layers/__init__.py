@@ -12,6 +12,7 @@ from .parallel_linear import (
     LoRAQKVParallelLinear,
     LoRARowParallelLinear,
 )
+from .router import LoRARouter
 from .routing import Routing, RowPlans
 from .vocab_parallel import LoRAVocabParallelEmbedding
 
@@ -32,6 +33,7 @@ __all__ = [
     "LoRAModule",
     "LoRAQKVParallelLinear",
     "LoRAReplicatedLinear",
+    "LoRARouter",
     "LoRARowParallelLinear",
     "LoRASlice",
     "LoRAVocabParallelEmbedding",
