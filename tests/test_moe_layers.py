@@ -18,6 +18,7 @@ from lora_ext import Adapter, AdapterError, AdapterPool, LoRABatch, layers
 from lora_ext.adapters import LoRAWeights
 from lora_ext.layers import ExpertLinear, FusedMoE
 from lora_ext.moe import MoEBuffers
+from test_moe_adapters import per_expert, save
 from tiny_models import MOE_MODELS, assert_agrees, peft_model, save_adapter, tiny_model
 
 E, TOP_K, H, WIDTH = 6, 2, 40, 24
@@ -472,6 +473,25 @@ def test_every_row_is_what_peft_computes(kind: str, device: str, tmp_path: Path)
                     assert torch.equal(ours[i], base[i])
                 else:
                     assert (theirs[i] - base[i]).norm() > 0.01 * base[i].norm()
+
+
+@pytest.mark.parametrize("kind", MOE_MODELS)
+def test_adapters_of_single_experts(kind: str, tmp_path: Path) -> None:
+    """Mixtral's have its old names; PEFT fuses them when it loads them."""
+    torch.manual_seed(0)
+    names, layer = ("gate_proj", "up_proj", "down_proj"), "model.layers.1.mlp.experts"
+    if kind == "mixtral":
+        names, layer = ("w1", "w3", "w2"), "model.layers.1.block_sparse_moe.experts"
+    model = tiny_model(kind)
+    directory = save(tmp_path, per_expert(layer, names), target_modules=list(names))
+    lora = lora_ext.wrap(copy.deepcopy(model), max_adapters=1, max_rank=3)
+    lora.load_adapter("a", directory)
+    ids = torch.randint(1, 128, (3, 5))
+    with torch.no_grad():
+        ours = lora(ids, adapters=["a", None, "a"]).logits
+        theirs, base = peft_model(model, directory)(ids).logits, model(ids).logits
+    assert_agrees(ours[[0, 2]], theirs[[0, 2]])
+    assert_agrees(ours[1], base[1])
 
 
 @on_devices

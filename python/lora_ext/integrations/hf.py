@@ -24,6 +24,7 @@ from ..layers import (
 from ..layers.fused_moe import is_experts
 from ..layers.router import is_router
 from ..pool import AdapterInfo, AdapterPool
+from . import module_lists
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -183,13 +184,14 @@ def wrap(
                 max_rank,
                 routing,
                 is_head=module is head,
+                is_gate=name.endswith(".gate")
+                and f"{name.removesuffix('gate')}experts" in selected,
                 shared_outer=shared_outer_experts,
             )
         targets |= _targets(name, layers[module])
     pool = AdapterPool(targets, evict_lru=evict_lru)
     for name, module in selected.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layers[module])
+        _put(model, name, layers[module])
     return LoRAModel(model, pool, routing)
 
 
@@ -202,6 +204,17 @@ def require_plain(model: PreTrainedModel) -> None:
     devices = {str(parameter.device) for parameter in model.parameters()}
     if len(devices) != 1 or "meta" in devices:
         raise ValueError(f"the model must be on one device, its parameters are on {devices}")
+
+
+def _put(model: PreTrainedModel, name: str, layer: LoRAModule | FusedMoE) -> None:
+    """Put a layer in the place of the module of this name."""
+    parent_name, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    if isinstance(layer, FusedMoE) and module_lists.is_block(parent):
+        grandparent, _, child = parent_name.rpartition(".")
+        setattr(model.get_submodule(grandparent), child, module_lists.SparseMoeBlock(parent, layer))
+    else:
+        setattr(parent, child, layer)
 
 
 def _targets(name: str, layer: LoRAModule | FusedMoE) -> dict[str, LoRAModule | LoRASlice]:
@@ -218,11 +231,17 @@ def _targets(name: str, layer: LoRAModule | FusedMoE) -> dict[str, LoRAModule | 
 
 def _select(model: PreTrainedModel, targets: Sequence[str] | None) -> dict[str, nn.Module]:
     """Return the layers to adapt by name."""
+    kinds = (nn.Linear, nn.Embedding)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    lists = [name for name, module in modules.items() if module_lists.is_list(module)]
     adaptable = {
         name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, (nn.Linear, nn.Embedding)) or is_experts(module) or is_router(module)
+        for name, module in modules.items()
+        if isinstance(module, kinds) or is_experts(module) or is_router(module)
+        # An expert in a list sees some tokens alone: it is adapted with the others, or not at all.
+        if not any(name.startswith(f"{experts}.") for experts in lists)
     }
+    adaptable |= {name: modules[name] for name in lists if module_lists.is_fusable(model, name)}
     if targets is None:
         embedding = model.get_input_embeddings()
         selected: dict[str, nn.Module] = {
@@ -256,6 +275,7 @@ def _layer(
     routing: Routing,
     *,
     is_head: bool,
+    is_gate: bool,
     shared_outer: bool,
 ) -> LoRAModule | FusedMoE:
     limits = (max_adapters, max_rank, routing)
@@ -265,9 +285,12 @@ def _layer(
                 raise ValueError(f"{type(module).__name__} is not a plain embedding")
             return LoRAEmbedding(module, *limits)
         if isinstance(module, nn.Linear):
-            return LoRALMHead(module, *limits) if is_head else LoRALinear(module, *limits)
+            kind = LoRALMHead if is_head else module_lists.LoRAGate if is_gate else LoRALinear
+            return kind(module, *limits)
         if is_router(module):
             return LoRARouter(module, *limits)
+        if isinstance(module, nn.ModuleList):
+            return module_lists.fuse_list(module, *limits, shared_outer=shared_outer)
         return FusedMoE.from_experts(module, *limits, shared_outer=shared_outer)
     except ValueError as error:
         raise ValueError(f"layer {name!r} cannot take adapters: {error}") from error
