@@ -30,6 +30,7 @@ from lora_ext.layers import (
     LoRALMHead,
     LoRAModule,
     LoRAQKVParallelLinear,
+    LoRAReplicatedLinear,
     LoRARowParallelLinear,
 )
 from numerics import Expected, assert_close, assert_same_bits
@@ -186,6 +187,24 @@ def check_given_shards(device: str) -> None:
 
 def test_base_modules_that_are_shards_already(workers: Workers) -> None:
     workers.run(check_given_shards)
+
+
+def check_replicated(device: str) -> None:
+    """A layer that no rank cuts: the same as one process alone computes, bit for bit."""
+    problem = Problem.random(40, [24], torch.float32, device)
+    layer = LoRAReplicatedLinear.from_full(problem.linear, NUM_SLOTS, MAX_RANK, group=world())
+    problem.load(layer)
+    with layer.routing.using(make_batch(device)), torch.no_grad(), watched() as seen:
+        y = layer(problem.x)
+    assert not seen and layer.base is problem.linear
+    assert_close(y, problem.expected())
+    same = y.clone()
+    dist.broadcast(same, 0)
+    assert_same_bits(y, same)
+
+
+def test_replicated(workers: Workers) -> None:
+    workers.run(check_replicated)
 
 
 # ---- what does not divide

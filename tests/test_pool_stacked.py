@@ -93,6 +93,23 @@ def test_equal_scalings_leave_the_weights_bits() -> None:
     assert torch.equal(layer.lora_b[slot, :, :4], lora_b.bfloat16())
 
 
+@pytest.mark.parametrize(
+    ("rows_of_a", "rows_of_b", "rank", "message"),
+    [
+        (3, 20, 3, "A has 3 rows for 3 slices and B of rank 3"),
+        (27, 20, 9, "A has 27 rows for 3 slices and B of rank 9, .* r <= 8"),
+        (9, 19, 3, r"B is \[19, 3\], the model needs \[20, 3\]"),
+    ],
+)
+def test_what_is_no_stack_of_three_changes_nothing(
+    rows_of_a: int, rows_of_b: int, rank: int, message: str
+) -> None:
+    layer = qkv_layer()
+    with pytest.raises(ValueError, match=message):
+        layer.write_slot(0, torch.ones(rows_of_a, WIDTH), torch.ones(rows_of_b, rank))
+    assert layer.lora_a.isnan().all() and layer.lora_b.isnan().all()
+
+
 def test_an_adapter_of_the_whole_stack() -> None:
     layer = qkv_layer()
     pool = AdapterPool({"qkv": layer, "q": layer.slices[0]})

@@ -111,7 +111,16 @@ class LoRAModule(nn.Module):
         routing: Routing | None = None,
         **layout: Any,
     ) -> Layer:
-        """Cut this rank's shard, a copy, out of a whole base module; the rest as in the class."""
+        """Make the layer from a whole base module, of which it holds a copy of this rank's part.
+
+        Args:
+            full: the same on all ranks.
+            num_slots, max_rank, routing, layout: as the class has them, the sizes of the whole
+                being those of ``full``.
+
+        Raises:
+            ValueError: as the class, or ``full`` is of a type that only its author can cut.
+        """
         if type(full) is not cls._whole_type:
             raise ValueError(
                 f"from_full cuts nn.{cls._whole_type.__name__}, got {type(full).__name__}: cut it "
@@ -124,7 +133,7 @@ class LoRAModule(nn.Module):
     @classmethod
     def _cut(cls, *args: Any, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
         """Return this rank's shard of a whole base module, and the layer's keyword arguments."""
-        raise NotImplementedError(f"{cls.__name__} has its base module whole")
+        raise NotImplementedError(f"{cls.__name__} does not cut its base module")
 
     def _shape_a(self) -> tuple[int, ...]:
         return (self.num_slots, len(self.outputs) * self.max_rank, self.in_features)
@@ -184,10 +193,19 @@ class LoRAModule(nn.Module):
         """Return this rank's part of an adapter's whole A ``[S * r, K]`` and B ``[sum N_i, r]``.
 
         Raises:
-            ValueError: they have other sizes.
+            ValueError: they have other sizes, or a rank above R.
         """
         self.check_sizes(lora_a, lora_b)
-        return self.inputs.of(lora_a, 1), cut_rows(lora_b, self.outputs)
+        num_slices, rank = len(self.outputs), lora_b.shape[1]
+        if lora_a.shape[0] != num_slices * rank or rank > self.max_rank:
+            raise ValueError(
+                f"A has {lora_a.shape[0]} rows for {num_slices} slices and B of rank {rank}, "
+                f"expected {num_slices} * r and r with r <= {self.max_rank}"
+            )
+        return self._cut_a(lora_a), cut_rows(lora_b, self.outputs)
+
+    def _cut_a(self, lora_a: Tensor) -> Tensor:
+        return self.inputs.of(lora_a, 1)
 
     def write_slot(self, slot: int, lora_a: Tensor, lora_b: Tensor) -> None:
         """Copy this rank's part of an adapter into a slot, which must have rank 0.
@@ -198,7 +216,7 @@ class LoRAModule(nn.Module):
             lora_b: whole, ``[sum N_i, r]``.
 
         Raises:
-            ValueError: they have other sizes.
+            ValueError: as ``shard``; the slot is as it was.
         """
         self.write_shard(slot, *self.shard(lora_a, lora_b))
 

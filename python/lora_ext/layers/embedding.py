@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from .. import ops
 from .base import LoRAModule, require_inference
 from .routing import Routing
 from .sharding import Shard, TensorParallel
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class LoRAEmbedding(LoRAModule):
@@ -40,6 +43,12 @@ class LoRAEmbedding(LoRAModule):
             routing,
             parallel,
         )
+
+    @classmethod
+    def _cut(
+        cls, full: nn.Embedding, group: ProcessGroup | None = None
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        return full, {}
 
     def _shape_a(self) -> tuple[int, int, int]:
         return (self.num_slots, self.in_features, self.max_rank)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -10,6 +11,9 @@ from .. import ops
 from .base import LoRAModule
 from .routing import Routing
 from .sharding import Shard, TensorParallel
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class LoRALinear(LoRAModule):
@@ -42,6 +46,12 @@ class LoRALinear(LoRAModule):
             routing,
             parallel,
         )
+
+    @classmethod
+    def _cut(
+        cls, full: nn.Linear, group: ProcessGroup | None = None
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        return full, {}
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``[..., N]`` for x ``[..., K]``; tokens are routed by the leading dimensions."""

@@ -94,11 +94,10 @@ class LoRAVocabParallelEmbedding(LoRAEmbedding):
     def _widths_of_a(self) -> range:
         return range(self.vocab_size, self.inputs.full + 1)
 
-    def shard(self, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
-        """Return this rank's part of an adapter's whole A ``[r, V to V + X]`` and B ``[D, r]``."""
-        self.check_sizes(lora_a, lora_b)
+    def _cut_a(self, lora_a: Tensor) -> Tensor:
+        # A may have columns of added tokens, up to X; those that it lacks are 0.
         here = lora_a[:, self.inputs.start : self.inputs.start + self.inputs.size]
-        return nn.functional.pad(here, (0, self.inputs.size - here.shape[1])), lora_b
+        return nn.functional.pad(here, (0, self.inputs.size - here.shape[1]))
 
     def _part_of_base(self, given: Tensor) -> Tensor | None:
         if given.shape != (self.vocab_size, self.out_features):
