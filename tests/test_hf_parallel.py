@@ -160,6 +160,7 @@ def check_refusals(device: str) -> None:
         "'model.layers.0.mlp.gate_proj' cannot be cut among 2 ranks: .* is 97",
         tiny_model(intermediate_size=97),
     )
+    refused("mlp.* cannot be cut .*: it is not known how", tiny_model("qwen3_moe"))
     model = tiny_model()
     model.model.layers[1].mlp.extra = torch.nn.Linear(4, 4)
     refused("'model.layers.1.mlp.extra' cannot be cut .*: it is not known how", model)

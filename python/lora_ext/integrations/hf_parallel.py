@@ -87,7 +87,7 @@ def parallelize(
             return LoRAColumnParallelLinear.from_full(*common, group=group, num_shards=[kv_shards])
         if last in _ROW_PARALLEL:
             return LoRARowParallelLinear.from_full(*common, group=group)
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
             raise ValueError("it is not known how to cut a layer of this name")
         return None
 
