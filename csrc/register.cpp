@@ -25,6 +25,18 @@ STABLE_TORCH_LIBRARY(lora_ext, m) {
       "Tensor? b_offsets, bool needs_dx, bool needs_da, bool needs_db) "
       "-> (Tensor dx, Tensor[] da, Tensor[] db)");
   m.def(
+      "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor[] lora_a, Tensor[] lora_b, "
+      "Tensor ranks, Tensor scalings, Tensor plan, int[] output_slices, int max_rank, "
+      "Tensor? a_offsets=None, Tensor? b_offsets=None, bool batch_invariant=False, "
+      "bool? overlap=None) -> Tensor");
+  m.def(
+      "lora_fork(Tensor x, Tensor[] lora_a, Tensor ranks, Tensor scalings, Tensor plan, "
+      "int[] output_slices, int max_rank, Tensor? a_offsets=None) -> Tensor");
+  m.def(
+      "lora_join_(Tensor(a!) y, Tensor forked, Tensor x, Tensor[] lora_b, Tensor ranks, "
+      "Tensor scalings, Tensor plan, int[] output_slices, int max_rank, Tensor? b_offsets=None) -> "
+      "()");
+  m.def(
       "lora_embedding(Tensor ids, Tensor lora_a, Tensor ranks, Tensor scalings, Tensor plan, "
       "int vocab_start=0, Tensor? extra_a=None) -> Tensor");
   m.def(

@@ -86,6 +86,64 @@ def test_a_layer_compiles_once_for_every_batch_and_number_of_tokens(device: str)
 
 
 @on_devices
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_beside_the_base_layer_or_behind_it(device: str, dtype: torch.dtype) -> None:
+    """Whether the first half runs on a second stream; eager and captured."""
+    layer = Layer.random(16, [48, 16, 16], dtype, device)
+    for overlap in (True, False):
+        backend = layer.backend(overlap=overlap)
+        backend.init_decode_cuda_graph_batch_info(16, 1)
+        backend.prepare_lora_batch(ForwardBatch.decode(16), [-1] * 16, *layer.table(), True)
+        replay = captured(lambda backend=backend: layer.forward(backend), device)
+        for slots in ([1, 3, 0, -1] * 4, [2] * 16, [4] * 3):
+            batch = ForwardBatch.decode(len(slots))
+            backend.prepare_lora_batch(batch, slots, *layer.table(), True)
+            replay()
+            layer.check(layer.y, slots)
+            graph = layer.y.clone()
+            assert_same_bits(layer.forward(backend), graph)
+
+
+@on_devices
+def test_a_base_layer_that_fails_beside_the_shrink(device: str) -> None:
+    layer = Layer.random(4, [24, 24], torch.bfloat16, device)
+    backend = layer.backend(overlap=True)
+    backend.prepare_lora_batch(ForwardBatch.decode(4), [0, 1, 3, 4], *layer.table(), False)
+
+    def fails() -> Tensor:
+        raise ZeroDivisionError
+
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            backend.forward_with_base(None, layer.x, fails, layer.a, layer.b, None, layer.offsets)
+        layer.check(layer.forward(backend), [0, 1, 3, 4])
+
+
+@on_devices
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_beside_the_base_layer_compiled(device: str, backend: str) -> None:
+    torch._dynamo.reset()
+    layer = Layer.random(20, [48, 24, 8], torch.bfloat16, device)
+    lora = layer.backend(overlap=True)
+    lora.init_decode_cuda_graph_batch_info(20, 1)
+    weight = randn((80, 64), torch.bfloat16, device, generator("base"), 0.125)
+
+    def forward(x: Tensor) -> Tensor:
+        y = lora.forward_with_base(
+            None, x, lambda: x @ weight.T, layer.a, layer.b, None, layer.offsets
+        )
+        return y * 2
+
+    compiled = torch.compile(forward, fullgraph=True, dynamic=True, backend=backend)
+    for index, slots in enumerate(([0] * 20, [1, 3, 0, -1] * 5, [-1] * 20, [3] * 7)):
+        lora.prepare_lora_batch(ForwardBatch.decode(len(slots)), slots, *layer.table(), True)
+        for x in (layer.x, layer.x[:7]):
+            with torch.compiler.set_stance("fail_on_recompile" if index else "default"):
+                assert_same_bits(compiled(x), forward(x))
+
+
+@on_devices
 def test_a_batch_without_adapters_changes_no_bit(device: str) -> None:
     layer = Layer.random(4, [24, 24], torch.bfloat16, device)
     backend = layer.backend()

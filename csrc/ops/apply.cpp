@@ -7,39 +7,83 @@
 #include "ops/dispatch.h"
 
 namespace lora_ext {
+namespace {
+
+Slots slots_of(const ApplyParams& params) {
+  return {params.ranks, params.plan.num_slots, params.plan};
+}
+
+}  // namespace
+
+ApplyParams apply_input(const Tensor& x, const Tensor& ranks, const Tensor& scalings,
+                        const Tensor& plan, const std::vector<int64_t>& output_slices,
+                        int64_t max_rank) {
+  const Matrix input = matrix_of("x", x);
+  const Slots slots = slots_of(ranks, plan, x);
+  check_tokens("x", input.rows, slots.plan);
+  ApplyParams params{};
+  params.x = input.data;
+  params.x_stride = input.stride;
+  params.dtype = input.dtype;
+  params.ranks = slots.ranks;
+  params.scalings = scalings_of(scalings, slots, x);
+  params.plan = slots.plan;
+  params.num_tokens = input.rows;
+  params.in_features = input.columns;
+  params.slices = slices_of(output_slices);
+  params.max_rank = checked_rank(max_rank);
+  return params;
+}
+
+void set_a(ApplyParams& params, const Tensors& lora_a, const OptionalTensor& a_offsets,
+           const Tensor& x) {
+  params.a = factor_a(lora_a, a_offsets, params.slices.count, params.max_rank, params.in_features,
+                      params.dtype, slots_of(params), x);
+}
+
+void set_b(ApplyParams& params, const Tensors& lora_b, const OptionalTensor& b_offsets,
+           const Tensor& x) {
+  params.b = factor_b(lora_b, b_offsets, params.slices, params.max_rank, params.dtype,
+                      slots_of(params), x);
+}
+
+void set_y(ApplyParams& params, const char* name, const Tensor& y, const Tensor& x) {
+  const Matrix output = matrix_of(name, y);
+  check(params.num_tokens == output.rows, "x has ", params.num_tokens, " tokens, ", name, " has ",
+        output.rows);
+  check(y.is_cuda() == x.is_cuda(), name, " is ", describe(y), ", x is ", describe(x));
+  const int32_t width = output_width(params.slices);
+  check(output.columns >= width, name, " has ", output.columns, " columns, output_slices need ",
+        width);
+  params.y_stride = output.stride;
+  params.y_dtype = output.dtype;
+}
 
 ApplyParams apply_params(const char* y_name, const Tensor& y, const Tensor& x,
                          const Tensors& lora_a, const Tensors& lora_b, const Tensor& ranks,
                          const Tensor& scalings, const Tensor& plan,
                          const std::vector<int64_t>& output_slices, int64_t max_rank,
                          const OptionalTensor& a_offsets, const OptionalTensor& b_offsets) {
-  const Matrix input = matrix_of("x", x);
-  const Matrix output = matrix_of(y_name, y);
-  const Slots slots = slots_of(ranks, plan, x);
-  check(input.rows == output.rows, "x has ", input.rows, " tokens, ", y_name, " has ", output.rows);
-  check(y.is_cuda() == x.is_cuda(), y_name, " is ", describe(y), ", x is ", describe(x));
-  check_tokens("x", input.rows, slots.plan);
-
-  ApplyParams params{};
-  params.x = input.data;
-  params.x_stride = input.stride;
-  params.dtype = input.dtype;
-  params.y_stride = output.stride;
-  params.y_dtype = output.dtype;
-  params.slices = slices_of(output_slices);
-  const int32_t width = params.slices.offset[params.slices.count];
-  check(output.columns >= width, y_name, " has ", output.columns, " columns, output_slices need ",
-        width);
-  params.max_rank = checked_rank(max_rank);
-  params.a = factor_a(lora_a, a_offsets, params.slices.count, max_rank, input.columns, input.dtype,
-                      slots, x);
-  params.b = factor_b(lora_b, b_offsets, params.slices, max_rank, input.dtype, slots, x);
-  params.ranks = slots.ranks;
-  params.scalings = scalings_of(scalings, slots, x);
-  params.plan = slots.plan;
-  params.num_tokens = input.rows;
-  params.in_features = input.columns;
+  ApplyParams params = apply_input(x, ranks, scalings, plan, output_slices, max_rank);
+  set_y(params, y_name, y, x);
+  set_a(params, lora_a, a_offsets, x);
+  set_b(params, lora_b, b_offsets, x);
   return params;
+}
+
+void run_apply(const char* op, ApplyParams& params, const Tensor& x) {
+  if (!has_work(params)) {
+    return;
+  }
+  int64_t elements = cpu::apply_workspace(params);
+#ifdef LORA_EXT_CUDA
+  if (x.is_cuda()) {
+    elements = cuda::apply_workspace(params);
+  }
+#endif
+  const Tensor workspace = empty_accumulator(x, params.dtype, {elements});
+  params.workspace = workspace.mutable_data_ptr();
+  launch(op, x, params, LORA_EXT_KERNEL(apply));
 }
 
 namespace {
@@ -53,18 +97,7 @@ void lora_apply_(const Tensor y, const Tensor x, const Tensors lora_a, const Ten
                                     max_rank, a_offsets, b_offsets);
   params.y = y.mutable_data_ptr();
   params.batch_invariant = batch_invariant;
-  if (params.num_tokens == 0 || params.slices.offset[params.slices.count] == 0) {
-    return;
-  }
-  int64_t elements = cpu::apply_workspace(params);
-#ifdef LORA_EXT_CUDA
-  if (x.is_cuda()) {
-    elements = cuda::apply_workspace(params);
-  }
-#endif
-  const Tensor workspace = empty_accumulator(x, params.dtype, {elements});
-  params.workspace = workspace.mutable_data_ptr();
-  launch("lora_apply_", x, params, LORA_EXT_KERNEL(apply));
+  run_apply("lora_apply_", params, x);
 }
 
 Tensor lora_apply(const Tensor y, const Tensor x, const Tensors lora_a, const Tensors lora_b,

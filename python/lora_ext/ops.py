@@ -33,6 +33,9 @@ import torch
 from torch import Tensor
 
 from lora_ext import _library as _library  # registers the operators, or says why it cannot
+from lora_ext.linear_ops import lora_fork as lora_fork
+from lora_ext.linear_ops import lora_join_ as lora_join_
+from lora_ext.linear_ops import lora_linear as lora_linear
 from lora_ext.moe_ops import moe_lora_align as moe_lora_align
 from lora_ext.moe_ops import moe_lora_align_ as moe_lora_align_
 from lora_ext.moe_ops import moe_lora_apply_ as moe_lora_apply_

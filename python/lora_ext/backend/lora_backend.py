@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .. import ops
 from ..compat import (
-    first_rows,
     sgemm_lora_a_embedding_fwd,
     sgemm_lora_a_fwd,
     sgemm_lora_b_fwd,
@@ -19,6 +18,7 @@ from ..compat import (
 from ..moe import ExpertLoRA, LoRAHooks, align_routing, lora_hooks
 from .batch_info import LoRABatchInfo
 from .preparation import BatchPreparation
+from .site import Site
 
 Offsets = Sequence[int] | Tensor
 
@@ -42,6 +42,8 @@ class LoRABackend(BatchPreparation):
         batch_invariant: a row's bits do not depend on the other rows of its batch.
         logprobs_chunk_size: rows of each pass where the engine calls lm_head for parts of the
             pruned rows; None: one pass.
+        overlap: whether ``forward_with_base`` runs the first half of its work beside the base
+            layer, on a second stream; None: on GPUs. Not with ``batch_invariant``.
 
     Attributes:
         batch_info: of the batch prepared last; None: none, and layers compute their base.
@@ -69,9 +71,11 @@ class LoRABackend(BatchPreparation):
         *,
         batch_invariant: bool = False,
         logprobs_chunk_size: int | None = None,
+        overlap: bool | None = None,
     ) -> None:
         super().__init__(max_loras_per_batch, device, logprobs_chunk_size)
         self.batch_invariant = batch_invariant
+        self.overlap = overlap
 
     # ---- layers
 
@@ -110,12 +114,14 @@ class LoRABackend(BatchPreparation):
         kind_name = "linear" if kind is None else str(getattr(kind, "value", kind))
         if kind_name not in ("linear", "embedding", "lm_head"):
             raise NotImplementedError(f"lora_ext's backend does not support layers of {kind_name}")
-        output = base_fn()
-        if pruned_batch_info is not None or self.batch_info is not None:
-            if kind_name == "embedding":
-                self._add_embedding(layer, output, x, lora_a, lora_b)
-            else:
-                self._add(output, x, lora_a, lora_b, offsets, None, pruned_batch_info)
+        if pruned_batch_info is None and self.batch_info is None:
+            output = base_fn()
+        elif kind_name == "embedding":
+            output = base_fn()
+            self._add_embedding(layer, output, x, lora_a, lora_b)
+        else:
+            site = self._site(x, lora_a, lora_b, offsets, None, pruned_batch_info)
+            output = self._forward_linear(base_fn, site)
         return output if all_reduce is None else all_reduce(output)
 
     def run_qkv_lora(
@@ -136,7 +142,8 @@ class LoRABackend(BatchPreparation):
         ``max_qkv_out_dim`` not at all.
         """
         offsets = output_offset if output_offset_cpu is None else output_offset_cpu
-        return self._add(base_output, x, qkv_lora_a, qkv_lora_b, offsets, n_slices, None)
+        site = self._site(x, qkv_lora_a, qkv_lora_b, offsets, n_slices, None)
+        return self._add(base_output, site)
 
     def run_gate_up_lora(
         self,
@@ -152,7 +159,8 @@ class LoRABackend(BatchPreparation):
         if offsets is None or (isinstance(offsets, Tensor) and not offsets.is_cpu):
             width = gate_up_lora_b.shape[1]
             offsets = (0, width // 2, width)
-        return self._add(base_output, x, gate_up_lora_a, gate_up_lora_b, offsets, 2, None)
+        site = self._site(x, gate_up_lora_a, gate_up_lora_b, offsets, 2, None)
+        return self._add(base_output, site)
 
     def run_lora_a_sgemm(
         self,
@@ -281,38 +289,37 @@ class LoRABackend(BatchPreparation):
             )
         return info
 
-    def _add(
+    def _add(self, output: Tensor | None, site: Site) -> Tensor:
+        """Add a layer's adapters to ``output``, or to zeros."""
+        if output is None:
+            output = site.lora_b.new_zeros((site.x.shape[0], sum(site.widths)))
+        if site.is_active:
+            site.add_to(output, batch_invariant=self.batch_invariant)
+        return output
+
+    def _forward_linear(self, base_fn: Callable[[], Tensor], site: Site) -> Tensor:
+        """Run a base layer and add its adapters, the first half of that beside it if it pays."""
+        beside = site.x.is_cuda if self.overlap is None else self.overlap
+        if site.is_active and beside and not self.batch_invariant:
+            return site.run_beside(base_fn)
+        return self._add(base_fn(), site)
+
+    def _site(
         self,
-        output: Tensor | None,
         x: Tensor,
         lora_a: Tensor,
         lora_b: Tensor,
         offsets: Offsets | None,
         num_slices: int | None,
         pruned: LoRABatchInfo | None,
-    ) -> Tensor:
-        """Shrink and expand in one operator, into ``output`` or into zeros."""
+    ) -> Site:
+        """Look up what a layer adds to the rows of x."""
         info = self._info(pruned, x)
         max_rank = lora_b.shape[-1]
         if num_slices is None:
             num_slices = lora_a.shape[1] // max_rank if max_rank else 1
         widths = slice_widths(offsets, num_slices, lora_b)
-        if output is None:
-            output = lora_b.new_zeros((x.shape[0], sum(widths)))
-        if lora_b.numel() and (info.use_cuda_graph or info.has_active_lora):
-            ops.lora_apply_(
-                output,
-                x.to(lora_b.dtype),
-                [lora_a],
-                [first_rows(lora_b, sum(widths))],
-                info.lora_ranks,
-                info.scalings,
-                info.plan,
-                output_slices=widths,
-                max_rank=max_rank,
-                batch_invariant=self.batch_invariant,
-            )
-        return output
+        return Site(info, x.to(lora_b.dtype), lora_a, lora_b, widths)
 
     def _add_embedding(
         self, layer: Any, output: Tensor, ids: Tensor, lora_a: Tensor, lora_b: Tensor
