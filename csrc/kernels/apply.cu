@@ -25,13 +25,14 @@ int64_t num_tiles(const ApplyParams& p) {
 
 DecodeBatch decode_batch(const ApplyParams& p, const ApplyConfig& config) {
   DecodeBatch batch{};
+  batch.header = p.plan.header;
   batch.tiles = p.plan.tiles;
   batch.permutation = p.plan.permutation;
   batch.ranks = p.ranks;
   batch.scalings = p.scalings;
   batch.partial = static_cast<float*>(p.workspace);
-  batch.num_tiles = static_cast<int32_t>(num_tiles(p));
-  batch.splits = config.splits;
+  batch.tile_capacity = static_cast<int32_t>(num_tiles(p));
+  batch.split_limits = config.split_limits;
   batch.max_tokens = static_cast<int32_t>(p.plan.max_tokens);
   batch.num_slots = static_cast<int32_t>(p.plan.num_slots);
   batch.num_tokens = static_cast<int32_t>(p.num_tokens);
@@ -59,7 +60,7 @@ cudaError_t launch_shrink(const ApplyParams& p, const ApplyConfig& config) {
       d.vector_x && p.a.slot_offsets == nullptr && is_multiple(p.a, p.slices.count, 8, 16);
   LaunchShape shape{};
   shape.grid =
-      dim3(static_cast<unsigned>(num_tiles(p) * config.splits),
+      dim3(static_cast<unsigned>(config.split_limits.most_parts(num_tiles(p))),
            static_cast<unsigned>(ceil_div(int64_t{p.slices.count} * p.max_rank, Traits::kRows)));
   shape.threads = kShrinkThreads;
   shape.shared_bytes = Traits::kSharedBytes;
@@ -113,7 +114,7 @@ cudaError_t apply_decode(const ApplyParams& p, const ApplyConfig& config) {
 int64_t apply_workspace(const ApplyParams& p) {
   const ApplyConfig config = config_of(p);
   const int64_t columns = int64_t{p.slices.count} * p.max_rank;
-  return config.decode ? config.splits * num_tiles(p) * columns * kTileTokens
+  return config.decode ? config.split_limits.most_parts(num_tiles(p)) * columns * kTileTokens
                        : p.num_tokens * columns;
 }
 

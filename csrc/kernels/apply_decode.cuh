@@ -30,11 +30,13 @@ constexpr int kExpandColumns = kExpandWarps * kUnitColumns;
 // The kernels' own parameters: the parameter bank is cold at every launch, and the arrays of
 // ApplyParams would cost a dozen misses, a microsecond in all.
 struct DecodeBatch {
+  const int32_t* header;
   const Tile* tiles;
   const int32_t *permutation, *ranks;
   const float* scalings;
-  float* partial;  // [splits][num_tiles][S * R][16]
-  int32_t num_tiles, splits, max_tokens, num_slots, num_tokens, max_rank, num_slices, in_features;
+  float* partial;  // [tile][split][S * R][16 tokens]
+  SplitLimits split_limits;
+  int32_t tile_capacity, max_tokens, num_slots, num_tokens, max_rank, num_slices, in_features;
 };
 struct alignas(64) DecodeShrinkParams {
   DecodeBatch batch;
@@ -83,6 +85,11 @@ struct DecodeTile {
   int slot, start, count, rank, token;
 };
 
+// The parts of K follow from the tiles that there are, which the host does not know.
+__device__ __forceinline__ int read_split_shift(const DecodeBatch& p) {
+  return p.split_limits.shift(__ldcg(p.header + kNumTiles));
+}
+
 // `slot` and `start` say where to look, so that the tile, its rank and its tokens come in one round
 // of loads instead of two; where they are wrong it reads again. Past L1, since the guess may have
 // been read before the kernel that makes the plan was done.
@@ -90,15 +97,16 @@ __device__ __forceinline__ DecodeTile read_tile(const DecodeBatch& p, int tile, 
                                                 int start) {
   const int entry = threadIdx.x % kTileTokens;
   for (;;) {
-    const int4 raw = __ldcg(reinterpret_cast<const int4*>(p.tiles + tile));
+    const int4 raw =
+        __ldcg(reinterpret_cast<const int4*>(p.tiles + min(tile, p.tile_capacity - 1)));
     const int rank = __ldcg(p.ranks + min(max(slot, 0), p.num_slots - 1));
     const int token = __ldcg(p.permutation + min(max(start + entry, 0), p.max_tokens - 1));
-    if (raw.x == slot && raw.y == start) {
+    if (raw.x == slot && raw.y == start && tile < p.tile_capacity) {
       // A token past the end of x (a plan for more tokens than this call has) counts as absent.
       return {slot, start, raw.z, min(rank, p.max_rank),
               entry < raw.z && token < p.num_tokens ? token : -1};
     }
-    if (raw.x < 0) {
+    if (raw.x < 0 || tile >= p.tile_capacity) {
       return {-1, 0, 0, 0, -1};
     }
     slot = raw.x, start = raw.y;
@@ -137,7 +145,7 @@ __device__ __forceinline__ const T* shrink_row(const DecodeShrinkParams& p, int 
 
 template <typename T, int kBlocks, bool kVector>
 __device__ __forceinline__ void decode_shrink_body(const DecodeShrinkParams& p, const DecodeTile& t,
-                                                   int tile, int split, float* shared) {
+                                                   int split, int split_shift, float* shared) {
   using Traits = DecodeShrinkTraits<kBlocks>;
   constexpr int kSteps = Traits::kSteps, kRows = Traits::kRows;
   constexpr int kPartialStride = Traits::kPartialStride;
@@ -165,11 +173,11 @@ __device__ __forceinline__ void decode_shrink_body(const DecodeShrinkParams& p, 
   // Neighbouring warps take neighbouring 64-byte pieces of the same rows, so that DRAM sees long
   // runs.
   const int steps = (p.batch.in_features + 31) / 32;
-  const int end = steps * (split + 1) / p.batch.splits;
+  const int end = steps * (split + 1) >> split_shift;
   const int k_end = min(32 * end, p.batch.in_features);
   float acc[kBlocks][2][4] = {};
   // The bound is the warp's, not the lane's: mma needs all lanes.
-  for (int step = steps * split / p.batch.splits + warp; step < end;
+  for (int step = (steps * split >> split_shift) + warp; step < end;
        step += kShrinkWarps * kSteps) {
     device::Chunk<T, 8> weights[kSteps][2 * kBlocks], tokens[kSteps][2];
 #pragma unroll
@@ -220,8 +228,7 @@ __device__ __forceinline__ void decode_shrink_body(const DecodeShrinkParams& p, 
   }
   __syncthreads();
   const int64_t stride = int64_t{p.batch.num_slices} * p.batch.max_rank;
-  float* out = p.batch.partial +
-               ((int64_t{split} * p.batch.num_tiles + tile) * stride + first_row) * kTileTokens;
+  float* out = p.batch.partial + (blockIdx.x * stride + first_row) * kTileTokens;
   const int used = min(rows - first_row, kRows);
 #pragma unroll
   for (int i = thread; i < kRows * kTileTokens / 4; i += kShrinkThreads) {
@@ -248,18 +255,20 @@ __global__ void __launch_bounds__(kShrinkThreads, 2)
   extern __shared__ __align__(128) float sums[];
   using Traits = DecodeShrinkTraits<kBlocks>;
   constexpr int kRows = Traits::kRows;
-  const int tile = blockIdx.x / p.batch.splits, split = blockIdx.x % p.batch.splits;
   // The kernel before this one may still be at work: what it writes must not be read, but what
   // will be read can be brought to L2. The plan may be among what it writes; as an address of a
   // prefetch, kept inside the tensors, the old one does no harm.
-  DecodeTile t = read_tile(p.batch, tile, 0, 0);
+  const auto split_of = [](int shift) {
+    return static_cast<int>(blockIdx.x & ((1u << shift) - 1));
+  };
+  int shift = read_split_shift(p.batch);
+  DecodeTile t = read_tile(p.batch, blockIdx.x >> shift, 0, 0);
   if constexpr (!kGeneral) {
     if (t.slot >= 0 && t.slot < p.batch.num_slots) {
-      const int steps = (p.batch.in_features + 31) / 32;
-      const int k = 32 * (steps * split / p.batch.splits);
-      const int bytes =
-          2 * min(min(32 * (steps * (split + 1) / p.batch.splits), p.batch.in_features) - k,
-                  p.prefetch_features);
+      const int steps = (p.batch.in_features + 31) / 32, split = split_of(shift);
+      const int k = 32 * (steps * split >> shift);
+      const int bytes = 2 * min(min(32 * (steps * (split + 1) >> shift), p.batch.in_features) - k,
+                                p.prefetch_features);
       const int row = blockIdx.y * kRows + threadIdx.x;
       if (threadIdx.x < kRows && row < t.rank * p.batch.num_slices) {
         device::prefetch_l2(shrink_row<T>(p, t.slot, t.rank, row) + k, bytes);
@@ -270,7 +279,12 @@ __global__ void __launch_bounds__(kShrinkThreads, 2)
   }
   device::grid_dependency_wait();
   device::grid_dependency_launch();
-  t = read_tile(p.batch, tile, t.slot, t.start);
+  const int guess = shift;
+  shift = read_split_shift(p.batch);
+  t = read_tile(p.batch, blockIdx.x >> guess, t.slot, t.start);
+  if (shift != guess) {
+    t = read_tile(p.batch, blockIdx.x >> shift, 0, 0);
+  }
   if (t.slot < 0 || blockIdx.y * kRows >= t.rank * p.batch.num_slices) {
     return;
   }
@@ -283,9 +297,9 @@ __global__ void __launch_bounds__(kShrinkThreads, 2)
     }
   }
   if (vector) {
-    decode_shrink_body<T, kBlocks, true>(p, t, tile, split, sums);
+    decode_shrink_body<T, kBlocks, true>(p, t, split_of(shift), shift, sums);
   } else if constexpr (kGeneral) {
-    decode_shrink_body<T, kBlocks, false>(p, t, tile, split, sums);
+    decode_shrink_body<T, kBlocks, false>(p, t, split_of(shift), shift, sums);
   }
 }
 
@@ -312,18 +326,18 @@ struct DecodeExpandTraits {
 // kernel began.
 struct PartialProducts {
   const float* first;  // [splits][...][rank][16 tokens]
-  int64_t stride;      // between splits
+  int stride;          // between splits
   int splits;
   const float* scaling_at;
   float scaling;
 
   __device__ __forceinline__ PartialProducts(const DecodeBatch& p, const DecodeTile& t, int tile,
                                              int slice)
-      : first(p.partial +
-              (int64_t{tile} * p.num_slices * p.max_rank + slice * t.rank) * kTileTokens),
-        stride(int64_t{p.num_tiles} * p.num_slices * p.max_rank * kTileTokens),
-        splits(p.splits),
-        scaling_at(p.scalings + t.slot) {}
+      : stride(p.num_slices * p.max_rank * kTileTokens),
+        splits(1 << read_split_shift(p)),
+        scaling_at(p.scalings + t.slot) {
+    first = p.partial + int64_t{tile} * splits * stride + slice * t.rank * kTileTokens;
+  }
 
   __device__ __forceinline__ void wait() {
     device::grid_dependency_launch();

@@ -133,7 +133,8 @@ cudaError_t launch_apply(const EmbeddingParams& p, const ExpandParams& e) {
   d.batch.tiles = e.plan.tiles;
   d.batch.permutation = e.plan.permutation;
   d.batch.ranks = e.ranks;
-  d.batch.num_tiles = static_cast<int32_t>(max_tiles(e.num_tokens, e.plan.num_slots, kTileTokens));
+  d.batch.tile_capacity =
+      static_cast<int32_t>(max_tiles(e.num_tokens, e.plan.num_slots, kTileTokens));
   d.batch.max_tokens = static_cast<int32_t>(e.plan.max_tokens);
   d.batch.num_slots = static_cast<int32_t>(e.plan.num_slots);
   d.batch.num_tokens = static_cast<int32_t>(e.num_tokens);
@@ -144,7 +145,7 @@ cudaError_t launch_apply(const EmbeddingParams& p, const ExpandParams& e) {
   add_slice(d, e.b, e.slices, 0);
   const bool all_vector = d.vector_y && is_multiple(e.b, 1, kChunk, 2 * kChunk);
   LaunchShape shape{};
-  shape.grid = dim3(static_cast<unsigned>(int64_t{d.batch.num_tiles} * d.blocks_per_tile));
+  shape.grid = dim3(static_cast<unsigned>(int64_t{d.batch.tile_capacity} * d.blocks_per_tile));
   shape.threads = kExpandThreads;
   shape.shared_bytes = DecodeExpandTraits<Y, kChunk>::shared_bytes(e.max_rank);
   shape.cluster = 1;

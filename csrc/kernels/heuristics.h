@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "common/plan.h"
+#include "common/params.h"
 
 namespace lora_ext {
 
@@ -48,18 +48,41 @@ struct ApplyShape {
   bool batch_invariant;  // the choice must not depend on the batch
 };
 
+// Into how many parts the decode shrink cuts K: 2^i where there are at most tiles[i - 1] tiles.
+// Only the device knows how many there are, so that a batch of one adapter among hundreds of slots
+// is cut as it should be.
+struct SplitLimits {
+  static constexpr int kCount = 4;  // up to 16 parts: the expand adds them up, latency it pays
+  int32_t tiles[kCount];            // falling
+
+  LORA_EXT_HOST_DEVICE int shift(int num_tiles) const {
+    int result = 0;
+    for (int i = 0; i < kCount; ++i) {
+      result += num_tiles <= tiles[i];
+    }
+    return result;
+  }
+  // Most parts of up to `capacity` tiles together: the grid, and the room for partial products.
+  int64_t most_parts(int64_t capacity) const {
+    int64_t most = capacity;
+    for (int i = 0; i < kCount; ++i) {
+      most = std::max(most, std::min<int64_t>(capacity, tiles[i]) << (i + 1));
+    }
+    return most;
+  }
+};
+
 struct ApplyConfig {
-  bool decode;            // the two decode kernels; else the wide shrink and expand
-  int blocks;             // blocks of 16 rows of A that a CTA of the decode shrink computes, 1 or 2
-  int splits;             // parts of K
-  int prefetch_features;  // values of K of such a part that are brought to L2 ahead of time
+  bool decode;  // the two decode kernels; else the wide shrink and expand
+  int blocks;   // blocks of 16 rows of A that a CTA of the decode shrink computes, 1 or 2
+  SplitLimits split_limits;
+  int prefetch_features;  // values of K of a part that are brought to L2 ahead of time
 };
 
 // The decode kernels pay while a tile's weights are what moves; past that x and y are, and the wide
 // kernels read each once.
 constexpr int64_t kDecodeMaxTokens = 256;
 constexpr int64_t kOneKernelTokens = 256;
-constexpr int kMaxSplits = 16;   // the expand adds up as many partial products, latency it pays
 constexpr int kDecodeWarps = 8;  // of a CTA of the shrink; they share K in steps of 32
 
 // Tiles that a batch will likely have: all slots in use, or all tiles full, whichever is more. The
@@ -76,27 +99,39 @@ inline int64_t resident_blocks(int sm_count, int per_sm, int cluster) {
 
 // Few CTAs for a small problem, so that the expand's find room beside them and have B and y ready
 // in time; more where a warp would else have many rounds of loads to wait for.
+inline SplitLimits split_limits(const ApplyShape& s, int row_groups) {
+  const int64_t steps = ceil_div(s.in_features, 32 * kDecodeWarps);  // of a warp, without a split
+  const struct {
+    int64_t work, most_ctas;  // with more than `work` steps, cut as long as CTAs are no more
+  } rules[] = {{3, s.sm_count * 3 / 4}, {8, 2 * s.sm_count}, {20, 4 * s.sm_count}};
+  SplitLimits limits{};
+  int64_t limit = INT32_MAX;
+  for (int i = 0; i < SplitLimits::kCount; ++i) {
+    int64_t allowed = 0;
+    for (const auto& rule : rules) {
+      if (steps > rule.work << i) {
+        allowed = std::max(allowed, rule.most_ctas / (int64_t{row_groups} << (i + 1)));
+      }
+    }
+    // Batch-invariant: as for one tile, whatever the batch.
+    limit = s.batch_invariant ? (allowed > 0 ? limit : 0) : std::min(limit, allowed);
+    limits.tiles[i] = static_cast<int32_t>(limit);
+  }
+  return limits;
+}
+
 inline ApplyConfig apply_config(const ApplyShape& s) {
   if (!s.half || (!s.batch_invariant && s.num_tokens > kDecodeMaxTokens)) {
-    return {false, 0, 0, 0};
+    return {};
   }
   const int rows = s.num_slices * s.max_rank;
-  const int64_t steps = ceil_div(s.in_features, 32 * kDecodeWarps);  // of a warp, without a split
   const int64_t tiles =
       s.batch_invariant ? 1 : likely_tiles(s.num_tokens, s.num_slots, kTileTokens);
   const int blocks = rows <= 16 || tiles * ceil_div(rows, 16) <= s.sm_count / 2 ? 1 : 2;
-  const int64_t items = tiles * ceil_div(rows, 16 * blocks);
-  int64_t splits = 1;
-  const auto more = [&](int64_t work, int64_t most_ctas) {
-    return splits < kMaxSplits && steps > work * splits && items * splits * 2 <= most_ctas;
-  };
-  while (more(3, s.sm_count * 3 / 4) || more(8, 2 * s.sm_count) || more(20, 4 * s.sm_count)) {
-    splits *= 2;
-  }
   // More than this, and the copies are in the way of those that somebody waits for.
   constexpr int64_t kPrefetchBytes = 16 << 20;
   const bool small = tiles * rows * s.in_features * 2 <= kPrefetchBytes;
-  return {true, blocks, static_cast<int>(splits),
+  return {true, blocks, split_limits(s, static_cast<int>(ceil_div(rows, 16 * blocks))),
           small ? static_cast<int>(s.in_features) : 4 * 32 * kDecodeWarps};
 }
 
