@@ -10,6 +10,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/host_device.h"
+
 namespace lora_ext {
 
 // A weight read should serve as many pairs as there are; kernels leave out what a tile does not
@@ -37,7 +39,7 @@ constexpr int64_t max_moe_tiles(int64_t num_pairs, int64_t num_groups) {
 }
 
 // Pairs that moe_lora_align_ sorts without help from memory.
-constexpr int64_t kMoeSharedPairs = 6144;
+constexpr int64_t kMoeSharedPairs = 4096;
 
 // Where the sections lie for one call, as offsets in int32 units. The tiles come first because
 // their place does not depend on the call: a kernel reads header and tile at once, and learns from
@@ -52,10 +54,10 @@ struct RoutingLayout {
         size(num_pairs > kMoeSharedPairs ? scratch + 4 * num_pairs : permutation + num_pairs) {}
 };
 
-inline const MoeTile* moe_tiles(const int32_t* routing) {
+LORA_EXT_HOST_DEVICE inline const MoeTile* moe_tiles(const int32_t* routing) {
   return reinterpret_cast<const MoeTile*>(routing + kRoutingHeaderSize);
 }
-inline MoeTile* moe_tiles(int32_t* routing) {
+LORA_EXT_HOST_DEVICE inline MoeTile* moe_tiles(int32_t* routing) {
   return reinterpret_cast<MoeTile*>(routing + kRoutingHeaderSize);
 }
 

@@ -7,14 +7,9 @@
 
 #include <cstdint>
 
+#include "common/host_device.h"
 #include "common/moe_routing.h"
 #include "common/plan.h"
-
-#ifdef __CUDACC__
-#define LORA_EXT_HOST_DEVICE __host__ __device__
-#else
-#define LORA_EXT_HOST_DEVICE
-#endif
 
 namespace lora_ext {
 
@@ -241,6 +236,7 @@ struct MoeApplyParams {
   const int32_t* ranks;
   const float* scalings;
   const int32_t* routing;
+  int64_t routing_size;
   int64_t num_pairs, in_features;
   int32_t num_slots;
   int32_t num_experts;  // of the weights; the most that an int32 holds where both sides are shared

@@ -136,6 +136,15 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   }
 }
 
+// split() of two values at a time, packed.
+template <typename T>
+__device__ __forceinline__ void split_two(float first, float second, uint32_t& high,
+                                          uint32_t& low) {
+  high = pack<T>(first, second);
+  const float rest0 = first - unpack<T>(high, 0), rest1 = second - unpack<T>(high, 1);
+  low = pack<T>(isfinite(rest0) ? rest0 : 0.0f, isfinite(rest1) ? rest1 : 0.0f);
+}
+
 // Eight neighbouring outputs of one token: read, added to in fp32, rounded once.
 template <typename Y>
 struct Outputs {

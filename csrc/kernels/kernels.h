@@ -18,6 +18,9 @@ int apply_backward(const ApplyBackwardParams& params);
 int embedding(const EmbeddingParams& params);
 int embedding_apply(const EmbeddingApplyParams& params);
 int moe_info(const MoeInfoParams& params);
+int moe_align(const MoeAlignParams& params);
+int moe_apply(const MoeApplyParams& params);
+int64_t moe_apply_workspace(const MoeApplyParams& params);  // bytes
 
 const char* error_string(int error);
 

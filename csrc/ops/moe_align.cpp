@@ -77,7 +77,7 @@ void align(const Tensor& routing, MoeAlignParams& params) {
   if (routing.is_cpu()) {
     check_on_host(params);
   }
-  launch("moe_lora_align_", routing, params, cpu::moe_align, nullptr);
+  launch("moe_lora_align_", routing, params, LORA_EXT_KERNEL(moe_align));
 }
 
 void moe_lora_align_(const Tensor routing, const Tensor topk_ids, const Tensor token_slots,

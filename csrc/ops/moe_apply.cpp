@@ -173,6 +173,7 @@ void moe_lora_apply_(const Tensor y, const Tensor x, const Tensors lora_a, const
   params.num_experts =
       num_experts == 1 ? std::numeric_limits<int32_t>::max() : static_cast<int32_t>(num_experts);
   params.routing = int32_vector("routing", routing, x);
+  params.routing_size = routing.numel();
   check(routing.numel() >= kRoutingHeaderSize &&
             reinterpret_cast<uintptr_t>(params.routing) % alignof(MoeTile) == 0,
         "routing has ", routing.numel(), " elements or does not start at a multiple of 16 bytes: ",
@@ -189,16 +190,21 @@ void moe_lora_apply_(const Tensor y, const Tensor x, const Tensors lora_a, const
           "topk_weights is ", describe(*topk_weights), ", x is ", describe(x));
     params.topk_weights = topk_weights->const_data_ptr();
   }
-  if (output.rows == 0 || params.slices.offset[params.slices.count] == 0) {
+  if (output.rows == 0 || input.columns == 0 || params.slices.offset[params.slices.count] == 0) {
     return;
   }
   if (x.is_cpu()) {
     check_on_host(params, routing.numel());
   }
-  const int64_t bytes = cpu::moe_apply_workspace(params);
+  int64_t bytes = cpu::moe_apply_workspace(params);
+#ifdef LORA_EXT_CUDA
+  if (x.is_cuda()) {
+    bytes = cuda::moe_apply_workspace(params);
+  }
+#endif
   const Tensor workspace = empty_accumulator(x, DType::kFloat32, {(bytes + 3) / 4});
   params.workspace = workspace.mutable_data_ptr();
-  launch("moe_lora_apply_", x, params, cpu::moe_apply, nullptr);
+  launch("moe_lora_apply_", x, params, LORA_EXT_KERNEL(moe_apply));
 }
 
 }  // namespace

@@ -1,0 +1,55 @@
+// Shape -> launch configuration of the MoE kernels; see heuristics.h.
+#pragma once
+
+#include "common/moe_routing.h"
+#include "kernels/heuristics.h"
+
+namespace lora_ext {
+
+struct MoeShape {
+  int64_t num_pairs, num_groups;  // (slot, expert) that the weights have
+  int64_t in_features;
+  int row_slices, rows;  // matrices of A for one (slot, expert), and rows of each
+  int sm_count;
+};
+
+struct MoeShrinkConfig {
+  int row_blocks;  // blocks of 16 rows of A that a CTA computes: 1, 2 or 4
+  int blocks;      // CTAs that share a tile's rows
+  int splits;      // CTAs that share K; each has a plane of the workspace, which the expand adds up
+  int split_features;
+};
+
+// A group for every pair, or all groups: a decode step's routing is close to that, and a prefill
+// has CTAs to spare anyway.
+inline int64_t likely_moe_tiles(int64_t num_pairs, int64_t num_groups) {
+  return std::max(ceil_div(num_pairs, kMoeTilePairs), std::min(num_pairs, num_groups));
+}
+
+// As many rows in a CTA as x is to be read for, up to 64, where registers end. K is split while all
+// CTAs stay resident (two to an SM) and each has 256 values of it, eight loads for each lane of its
+// four warps: fewer would not be worth another plane for the expand to read.
+inline MoeShrinkConfig moe_shrink_config(const MoeShape& s, bool vector) {
+  constexpr int kMaxSplits = 16;
+  MoeShrinkConfig config{};
+  config.row_blocks = !vector || s.rows <= 16 ? 1 : s.rows <= 32 ? 2 : 4;
+  config.blocks = s.row_slices * static_cast<int>(ceil_div(s.rows, 16 * config.row_blocks));
+  const int64_t ctas = likely_moe_tiles(s.num_pairs, s.num_groups) * config.blocks;
+  int splits = 1;
+  while (splits < kMaxSplits && s.in_features >= 512 * splits &&
+         2 * splits * ctas <= 2 * s.sm_count) {
+    splits *= 2;
+  }
+  config.split_features = static_cast<int>(ceil_div(ceil_div(s.in_features, splits), 128) * 128);
+  config.splits = std::max(1, static_cast<int>(ceil_div(s.in_features, config.split_features)));
+  return config;
+}
+
+// Rows of the grids over tiles: all that there can be while CTAs are few; beyond, each CTA takes
+// several, so that a routing of few groups does not launch thousands of CTAs that find nothing.
+inline int64_t moe_grid_tiles(int64_t num_pairs, int64_t num_groups, int blocks, int sm_count) {
+  const int64_t most = max_moe_tiles(num_pairs, std::min(num_pairs, num_groups));
+  return std::max<int64_t>(1, std::min(most, ceil_div(32 * int64_t{sm_count}, blocks)));
+}
+
+}  // namespace lora_ext
