@@ -81,5 +81,56 @@ class EmbedLoraExt(P.EmbedPeer):
         return self.y[i]
 
 
+class MoeLoraExt(P.MoePeer):
+    """Gate/up and down; as for all peers here, the routing is made outside the timed region."""
+
+    name = "lora_ext"
+
+    def setup(self):
+        p = self.p
+        self.routing = [
+            ops.moe_lora_align(ids, slots, num_slots=p.L, num_experts=p.E)
+            for ids, slots in zip(self.ids, self.slots, strict=True)
+        ]
+        self.ranks, self.scalings = P.T32([p.R] * p.L), torch.ones(p.L, device=P.DEV)
+
+    def apply(self, i, y, x, lora_a, lora_b, slices, topk_weights=None):
+        p = self.p
+        ops.moe_lora_apply_(
+            y,
+            x,
+            [lora_a],
+            [lora_b],
+            self.ranks,
+            self.scalings,
+            self.routing[i],
+            top_k=p.top_k,
+            output_slices=slices,
+            max_rank=p.R,
+            topk_weights=topk_weights,
+        )
+        return y
+
+    def w13(self, i):
+        j, x, _, y, _ = self.io(i)
+        return self.apply(i, y, x, self.w.A13[j], self.w.B13[j], [self.p.I] * 2)
+
+    def w2(self, i):
+        j, _, act, _, y = self.io(i)
+        return self.apply(i, y, act, self.w.A2[j], self.w.B2[j], [self.p.H], self.topw)
+
+
+def moe_metadata_calls(p, peers=P.moe_metadata_calls):
+    """The peers' kernels of this kind, and moe_lora_align, which each layer runs once."""
+    calls = peers(p)
+    ids, slots = P.T32(p.topk[0]), P.T32(p.slots[0])
+    sizes = dict(num_slots=p.L, num_experts=p.E)
+    routing = ops.moe_lora_align(ids, slots, **sizes)
+    calls["lora_ext"] = lambda i: ops.moe_lora_align_(routing, ids, slots, **sizes)
+    return calls
+
+
+P.moe_metadata_calls = moe_metadata_calls
 P.DENSE.append(LoraExt)
+P.MOE.append(MoeLoraExt)
 P.EMBED.append(EmbedLoraExt)

@@ -20,10 +20,11 @@ MoeShrinkConfig shrink_config_of(const MoeApplyParams& p) {
   shape.num_groups = moe_groups(p);
   shape.in_features = p.in_features;
   // The slices of a packed A are one matrix.
-  shape.row_slices = p.a.rows_by_rank ? 1 : p.slices.count;
+  shape.matrices = p.a.rows_by_rank ? 1 : p.slices.count;
   shape.rows = p.max_rank * (p.a.rows_by_rank ? p.slices.count : 1);
+  shape.vector = moe_shrink_is_vector(p);
   shape.sm_count = device_properties().sm_count;
-  return moe_shrink_config(shape, moe_shrink_is_vector(p));
+  return moe_shrink_config(shape);
 }
 
 __device__ __forceinline__ int tile_rank(const MoeApplyParams& p, const MoeTile& tile) {

@@ -264,11 +264,14 @@ bool is_vector(const MoeApplyParams& p, int chunk) {
 
 template <typename T, typename Y>
 cudaError_t launch(const ExpandParams& params, const MoeApplyParams& p, const LaunchShape& shape) {
+  // The order of the sum over ranks follows from kChunk, so that depends on the ranks alone.
   const bool narrow = p.max_rank <= 16;
-  const auto kernel = !is_vector(p, narrow ? 4 : 8) ? moe_expand_kernel<T, Y, 4, 1, false, false>
-                      : narrow                      ? moe_expand_kernel<T, Y, 4, 1, true, true>
-                      : p.max_rank <= 64            ? moe_expand_kernel<T, Y, 8, 2, true, true>
-                                                    : moe_expand_kernel<T, Y, 8, 1, false, true>;
+  const auto kernel = is_vector(p, narrow ? 4 : 8)
+                          ? narrow             ? moe_expand_kernel<T, Y, 4, 1, true, true>
+                            : p.max_rank <= 64 ? moe_expand_kernel<T, Y, 8, 2, true, true>
+                                               : moe_expand_kernel<T, Y, 8, 1, false, true>
+                      : narrow ? moe_expand_kernel<T, Y, 4, 1, true, false>
+                               : moe_expand_kernel<T, Y, 8, 1, false, false>;
   return launch_kernel(kernel, shape, p.stream, params);
 }
 

@@ -9,7 +9,8 @@ namespace lora_ext {
 struct MoeShape {
   int64_t num_pairs, num_groups;  // (slot, expert) that the weights have
   int64_t in_features;
-  int row_slices, rows;  // matrices of A for one (slot, expert), and rows of each
+  int matrices, rows;  // matrices of A for one (slot, expert), and rows of each
+  bool vector;         // addresses and strides allow 16-byte loads
   int sm_count;
 };
 
@@ -28,13 +29,15 @@ inline int64_t likely_moe_tiles(int64_t num_pairs, int64_t num_groups) {
 
 // As many rows in a CTA as x is to be read for, up to 64, where registers end. K is split while all
 // CTAs stay resident (two to an SM) and each has 256 values of it, eight loads for each lane of its
-// four warps: fewer would not be worth another plane for the expand to read.
-inline MoeShrinkConfig moe_shrink_config(const MoeShape& s, bool vector) {
-  constexpr int kMaxSplits = 16;
+// four warps: fewer would not be worth another plane for the expand to read. The split does not
+// depend on how the weights lie in memory, so neither do the bits of a result.
+inline MoeShrinkConfig moe_shrink_config(const MoeShape& s) {
+  constexpr int kMaxSplits = 16, kMostRows = 64;
   MoeShrinkConfig config{};
-  config.row_blocks = !vector || s.rows <= 16 ? 1 : s.rows <= 32 ? 2 : 4;
-  config.blocks = s.row_slices * static_cast<int>(ceil_div(s.rows, 16 * config.row_blocks));
-  const int64_t ctas = likely_moe_tiles(s.num_pairs, s.num_groups) * config.blocks;
+  config.row_blocks = !s.vector || s.rows <= 16 ? 1 : s.rows <= 32 ? 2 : 4;
+  config.blocks = s.matrices * static_cast<int>(ceil_div(s.rows, 16 * config.row_blocks));
+  const int64_t ctas = likely_moe_tiles(s.num_pairs, s.num_groups) *
+                       ceil_div(int64_t{s.matrices} * s.rows, kMostRows);
   int splits = 1;
   while (splits < kMaxSplits && s.in_features >= 512 * splits &&
          2 * splits * ctas <= 2 * s.sm_count) {
