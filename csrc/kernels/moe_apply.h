@@ -1,8 +1,8 @@
 // The two kernels of moe_lora_apply_ and what they agree on.
 #pragma once
 
-#include "kernels/moe_heuristics.h"
 #include "kernels/launch.cuh"
+#include "kernels/moe_heuristics.h"
 
 namespace lora_ext::cuda {
 
