@@ -125,6 +125,52 @@ def test_the_shrink_covers_its_rows(**shape: int) -> None:
     assert config.cluster in ((1, 2, 4, 8, 16) if shape["clusters"] else (1,))
 
 
+@given(
+    num_tokens=st.integers(1, 40_000),
+    num_slots=SLOTS,
+    in_features=FEATURES,
+    rows=st.integers(1, 8 * 1024),
+    sm_count=SM_COUNTS,
+)
+def test_the_shrink_by_wgmma_takes_what_the_chip_has(**shape: int) -> None:
+    config = testing.shrink_wgmma_config(**shape)
+    assert config.rows in (32, 64, 128, 192)
+    assert config.rows == 64 or config.rows < shape["rows"] + 64  # no block is mostly padding
+    assert 1 <= config.cluster <= 8
+    assert config.cluster == 1 or shape["in_features"] >= 512 * config.cluster
+    del shape["in_features"], shape["rows"]
+    clusters = testing.shrink_clusters(**shape)
+    tiles = -(-shape["num_tokens"] // testing.WIDE_TILE_TOKENS)
+    most = testing.max_tiles(shape["num_tokens"], shape["num_slots"], testing.WIDE_TILE_TOKENS)
+    assert min(tiles, most) <= clusters <= most
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "rows", "expected"),
+    [
+        (512, 192, (64, 8)),
+        (2048, 192, (192, 5)),
+        (2048, 48, (64, 5)),
+        (8192, 192, (192, 2)),
+        (8192, 16, (32, 2)),
+        (16384, 64, (64, 1)),
+    ],
+)
+def test_the_shrink_by_wgmma_fills_an_h200(
+    num_tokens: int, rows: int, expected: tuple[int, int]
+) -> None:
+    config = testing.shrink_wgmma_config(
+        num_tokens=num_tokens, num_slots=16, in_features=4096, rows=rows, sm_count=132
+    )
+    assert (config.rows, config.cluster) == expected
+
+
+def test_the_expand_streams_where_its_registers_hold_the_ranks() -> None:
+    assert testing.expand_streams(num_tokens=512, max_rank=128)
+    assert not testing.expand_streams(num_tokens=512, max_rank=129)
+    assert not testing.expand_streams(num_tokens=1, max_rank=16)
+
+
 @given(num_slots=SLOTS, out_features=FEATURES, sm_count=SM_COUNTS)
 def test_the_expand_is_narrow_for_small_batches_only(**shape: int) -> None:
     narrow = [testing.expand_is_narrow(num_tokens=2**i, **shape) for i in range(24)]

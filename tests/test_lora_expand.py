@@ -108,6 +108,23 @@ def test_any_number_of_tokens(device, num_tokens):
         check_expand(y, xa, module, batch, "packed")
 
 
+# Long batches have kernels of their own: slots that fill tiles, leave them partly filled or share
+# them with none, ranks up to what registers hold and beyond, slices that end within a step.
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "ranks", [[16, 8, 1, 0], [32, 24, 0, 17], [64, 40, 7, 64], [128, 65, 3, 9]]
+)
+@pytest.mark.parametrize("y_dtype", HALVES_AND_FP32)
+def test_long_batches(device, layout, ranks, y_dtype):
+    for dtype in [torch.bfloat16, torch.float16]:
+        gen = generator("long", ranks)
+        module = make_module(ranks, 8, [200, 64, 8, 328], dtype, device)
+        slots = [0] * 300 + [1] * 70 + [-1] * 9 + [2] * 16 + [3] * 128 + random_slots(100, 4, gen)
+        batch = make_batch(slots, 4, device)
+        xa = make_intermediate(module, batch, gen)
+        check_expand(randn((len(slots), 600), y_dtype, device, gen), xa, module, batch, layout)
+
+
 def test_no_tokens_and_no_columns(device):
     module = make_module([8], 8, [16], torch.float32, device)
     batch = make_batch([], 1, device)

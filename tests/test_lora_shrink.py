@@ -75,6 +75,21 @@ def test_any_number_of_tokens(device, num_tokens):
         check_shrink(x, module, make_batch(slots, 3, device), "packed")
 
 
+# Long batches have kernels of their own: slots that fill tiles or leave them partly filled, blocks
+# of rows of all sizes, K that ends within a step, and so short that CTAs of a cluster have none.
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("num_slices", [1, 3])
+@pytest.mark.parametrize("ranks", [[16, 8, 1, 0], [64, 40, 7, 64], [128, 65, 3, 9]])
+@pytest.mark.parametrize("in_features", [40, 1000])
+def test_long_batches(device, layout, num_slices, ranks, in_features):
+    for dtype in [torch.bfloat16, torch.float16]:
+        gen = generator("long", ranks, in_features)
+        module = make_module(ranks, in_features, [8] * num_slices, dtype, device)
+        slots = [0] * 300 + [1] * 70 + [-1] * 9 + [2] * 16 + [3] * 128 + random_slots(100, 4, gen)
+        x = randn((len(slots), in_features), dtype, device, gen)
+        check_shrink(x, module, make_batch(slots, 4, device), layout)
+
+
 def test_no_tokens(device):
     module = make_module([8], 16, [8], torch.float32, device)
     x = torch.empty(0, 16, device=device)

@@ -8,6 +8,7 @@
 // into two 16-bit halves in shared memory once.
 #include "common/ptx.cuh"
 #include "common/vec.cuh"
+#include "kernels/expand_stream.cuh"
 #include "kernels/heuristics.h"
 #include "kernels/kernels.h"
 #include "kernels/launch.cuh"
@@ -346,15 +347,48 @@ __global__ void __launch_bounds__(kFloatThreads)
   }
 }
 
+bool vector_outputs(const ExpandParams& p) {
+  bool vector = is_multiple(p.y, p.y_stride, 8, 16);
+  for (int i = 0; i < p.slices.count; ++i) {
+    vector &= p.slices.offset[i + 1] % 8 == 0;
+  }
+  return vector;
+}
+
+// As many CTAs as are resident at once share the work. Two to an SM, except where registers allow
+// one; spans and stages fill the shared memory that every chip has.
+template <typename T, typename Y, int kSteps>
+cudaError_t launch_stream(const ExpandParams& p) {
+  constexpr bool kWideOutputs = sizeof(Y) == 4;
+  constexpr int kSpans = kSteps <= 2 && !kWideOutputs ? 2 : 1;
+  constexpr int kStages = kSteps <= 2 || kWideOutputs ? 2 : 3;
+  constexpr int kBlocks = kSteps <= 4 && !kWideOutputs ? 2 : 1;
+  using Traits = StreamTraits<Y, kSteps, kSpans, kStages>;
+  static_assert(Traits::kSharedBytes <= kMaxSharedBytes);
+  int row_steps = 0;
+  for (int i = 0; i < p.slices.count; ++i) {
+    row_steps += expand_blocks(p.slices, i, Traits::kColumns);
+  }
+  const int64_t items = max_tiles(p.num_tokens, p.plan.num_slots, kWideTileTokens) * row_steps;
+  LaunchShape shape{};
+  shape.grid = dim3(static_cast<unsigned>(
+      std::min<int64_t>(items, int64_t{device_properties().sm_count} * kBlocks)));
+  shape.threads = kStreamThreads;
+  shape.shared_bytes = Traits::kSharedBytes;
+  shape.cluster = 1;
+  shape.dependent = true;
+  return launch_kernel(expand_stream_kernel<T, Y, kSteps, kSpans, kStages, kBlocks>, shape,
+                       p.stream, p, row_steps);
+}
+
 template <typename T, typename Y, int kChunk, int kWarps>
 cudaError_t launch_expand(const ExpandParams& p) {
   using Shared = ExpandShared<Y, kChunk, kWarps>;
   unsigned blocks_per_tile = 0;
-  bool vector_y = is_multiple(p.y, p.y_stride, 8, 16);
   for (int i = 0; i < p.slices.count; ++i) {
     blocks_per_tile += expand_blocks(p.slices, i, Shared::kColumns);
-    vector_y &= p.slices.offset[i + 1] % 8 == 0;
   }
+  const bool vector_y = vector_outputs(p);
   const bool all_vector = vector_y && p.b.slot_offsets == nullptr &&
                           is_multiple(p.b, p.slices.count, kChunk, 2 * kChunk);
   LaunchShape shape{};
@@ -391,9 +425,19 @@ int expand(const ExpandParams& p) {
   const bool narrow =
       expand_is_narrow(p.num_tokens, p.plan.num_slots, p.slices.offset[p.slices.count],
                        device_properties().sm_count);
+  // The two kernels sum over the ranks in different order.
+  const bool streams = expand_streams(p.num_tokens, p.max_rank) && !p.batch_invariant &&
+                       vector_outputs(p) && p.b.slot_offsets == nullptr &&
+                       is_multiple(p.b, p.slices.count, 8, 16);
   return dispatch_half_output(p.dtype, p.y_dtype, [&](auto t, auto y) {
     using T = typename decltype(t)::type;
     using Y = typename decltype(y)::type;
+    if (streams) {
+      return p.max_rank <= 16   ? launch_stream<T, Y, 1>(p)
+             : p.max_rank <= 32 ? launch_stream<T, Y, 2>(p)
+             : p.max_rank <= 64 ? launch_stream<T, Y, 4>(p)
+                                : launch_stream<T, Y, 8>(p);
+    }
     if (p.max_rank <= 16) {
       return narrow ? launch_expand<T, Y, 4, 2>(p) : launch_expand<T, Y, 4, 8>(p);
     }

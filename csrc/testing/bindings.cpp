@@ -72,9 +72,21 @@ void bind_shrink(py::module_& m) {
       "clusters"_a);
 }
 
+void bind_shrink_wgmma(py::module_& m) {
+  m.def(
+      "shrink_wgmma_config",
+      [](int64_t num_tokens, int64_t num_slots, int64_t in_features, int rows, int sm_count) {
+        return shrink_wgmma_config({num_tokens, num_slots, in_features, rows, sm_count, true});
+      },
+      py::kw_only(), "num_tokens"_a, "num_slots"_a, "in_features"_a, "rows"_a, "sm_count"_a);
+  m.def("shrink_clusters", &shrink_clusters, py::kw_only(), "num_tokens"_a, "num_slots"_a,
+        "sm_count"_a);
+}
+
 void bind_expand(py::module_& m) {
   m.def("expand_is_narrow", &expand_is_narrow, py::kw_only(), "num_tokens"_a, "num_slots"_a,
         "out_features"_a, "sm_count"_a);
+  m.def("expand_streams", &expand_streams, py::kw_only(), "num_tokens"_a, "max_rank"_a);
 }
 
 void bind_gradient(py::module_& m) {
@@ -89,6 +101,7 @@ PYBIND11_MODULE(_testing, m) {
   bind_plan(m);
   bind_apply(m);
   bind_shrink(m);
+  bind_shrink_wgmma(m);
   bind_expand(m);
   bind_gradient(m);
 }

@@ -1,0 +1,374 @@
+// y += xa B^T for many tokens: what moves is y, read and written once.
+//
+// A CTA serves a group of up to 128 neighbouring tokens of one slot, 16 a warp, and walks along the
+// row of y. The group's xa stays in registers, split into two 16-bit halves; the weights of a step
+// are read once for all tokens. Weights and y come by asynchronous copies, some steps ahead. Eight
+// neighbouring lanes read and write 128 neighbouring bytes of y: with lanes as the fragments have
+// them, each line takes four requests instead of one, and those are what limits. So y passes
+// through shared memory both ways. The work of a batch, groups by steps, is cut into equal parts,
+// one a CTA.
+#pragma once
+
+#include "common/ptx.cuh"
+#include "common/vec.cuh"
+#include "kernels/heuristics.h"
+
+namespace lora_ext::cuda {
+
+constexpr int kStreamWarps = 2 * kWideTileTokens / kTileTokens;  // two wide tiles at a time
+constexpr int kStreamThreads = 32 * kStreamWarps;
+constexpr int kSpanColumns = 64;  // that a warp holds sums of at a time
+
+// kSteps: steps of 16 ranks that the registers hold. kSpans: spans of 64 columns in a step.
+template <typename Y, int kSteps, int kSpans, int kStages>
+struct StreamTraits {
+  static constexpr int kColumns = kSpans * kSpanColumns;
+  static constexpr int kChunks = 2 * kSteps;       // of eight ranks, a row of weights
+  static constexpr int kStride = kSteps * 16 + 8;  // elements; odd in chunks: no bank conflicts
+  static constexpr int kWeightBytes = kColumns * kStride * 2;
+  static constexpr int kRowBytes = kSpanColumns * sizeof(Y);
+  static constexpr int kSpanBytes = kTileTokens * kRowBytes;  // of a warp
+  static constexpr int kStageBytes = kWeightBytes + kStreamWarps * kSpans * kSpanBytes;
+  static constexpr int kSharedBytes = kStages * kStageBytes;
+  // Copies of 16 bytes: a warp's copy i is of rows kCopyRows * i and following.
+  static constexpr int kRowChunks = kRowBytes / 16;
+  static constexpr int kCopyRows = 32 / kRowChunks;
+  static constexpr int kCopies = kTileTokens / kCopyRows;
+
+  // Where a chunk lies in a warp's span: rotated so that neither whole rows nor fragments meet in
+  // a bank.
+  __device__ static int at(int row, int chunk) {
+    return row * kRowBytes + (chunk ^ (row & 6)) * 16;
+  }
+};
+
+// Up to two wide tiles of one slot that lie side by side in the plan.
+struct TokenGroup {
+  int slot, start, count;  // permutation[start .. start + count)
+  int first_tile, tiles;
+};
+
+// The group that the wide tile `index` is part of.
+__device__ __forceinline__ TokenGroup token_group(const PlanView& plan, int index, int num_tiles) {
+  const int even = index & ~1;
+  const Tile first = plan.wide_tiles[even];
+  const Tile second = plan.wide_tiles[min(even + 1, num_tiles - 1)];
+  if (even + 1 < num_tiles && first.slot == second.slot) {
+    return {first.slot, first.start, first.count + second.count, even, 2};
+  }
+  const Tile& only = index == even ? first : second;
+  return {only.slot, only.start, only.count, index, 1};
+}
+
+// Where a walk along the row of y is: columns [column, width) of a slice are yet to come.
+struct StreamPlace {
+  int slice, start, column, width;
+
+  __device__ __forceinline__ void enter(const Slices& slices, int slice_, int column_) {
+    slice = slice_;
+    start = slices.offset[slice_];
+    width = slices.offset[slice_ + 1] - start;
+    column = column_;
+  }
+  // True where a slice begins.
+  __device__ __forceinline__ bool advance(const Slices& slices, int columns) {
+    column += columns;
+    if (column < width || slice + 1 == slices.count) {
+      return false;
+    }
+    enter(slices, slice + 1, 0);
+    return true;
+  }
+};
+
+__device__ __forceinline__ StreamPlace stream_place(const Slices& slices, int step, int columns) {
+  StreamPlace place;
+  for (int slice = 0;; ++slice) {
+    place.enter(slices, slice, step * columns);
+    if (place.column < place.width || slice + 1 == slices.count) {
+      return place;
+    }
+    step -= (place.width + columns - 1) / columns;
+  }
+}
+
+template <typename T, typename Y, int kSteps, int kSpans, int kStages>
+__device__ __forceinline__ void expand_group(const ExpandParams& p, const TokenGroup& group,
+                                             int rank, int first, int last, unsigned char* shared) {
+  using Traits = StreamTraits<Y, kSteps, kSpans, kStages>;
+  constexpr int kChunks = Traits::kChunks, kStride = Traits::kStride;
+  constexpr int kWeightRows = kStreamThreads / kChunks;  // that the block copies at once
+  constexpr int kWeightCopies = (Traits::kColumns + kWeightRows - 1) / kWeightRows;
+  constexpr int kPerChunk = 16 / sizeof(Y);
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4,
+            q = lane % 4;
+  // Warps beside each other along the row where one tile leaves half of them without tokens.
+  const bool beside = kSpans % 2 == 0 && group.tiles == 1;
+  const int first_token = (beside ? warp % 4 : warp) * kTileTokens;
+  const int first_span = beside && warp >= 4 ? kSpans / 2 : 0;
+  const int num_spans = beside ? kSpans / 2 : kSpans;
+  const auto token_id = [&](int token) {  // -1: none
+    const int id = token < group.count ? p.plan.permutation[group.start + token] : -1;
+    return id < p.num_tokens ? id : -1;  // a plan may be for more tokens than this call has
+  };
+
+  const int row_chunk = lane % Traits::kRowChunks, row_of_copy = lane / Traits::kRowChunks;
+  Y* rows[Traits::kCopies];
+#pragma unroll
+  for (int i = 0; i < Traits::kCopies; ++i) {
+    const int id = token_id(first_token + Traits::kCopyRows * i + row_of_copy);
+    rows[i] = id >= 0 ? static_cast<Y*>(p.y) + id * p.y_stride + row_chunk * kPerChunk : nullptr;
+  }
+  const float* xa_rows[2];  // of the tokens 8 n + g
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    const int id = token_id(first_token + 8 * n + g);
+    xa_rows[n] = id >= 0 ? static_cast<const float*>(p.xa) + id * p.xa_stride : nullptr;
+  }
+
+  const int chunk = thread % kChunks, weight_row = thread / kChunks;
+  const int weight_bytes = 2 * min(max(rank - 8 * chunk, 0), 8);
+  unsigned char* spans = shared + Traits::kWeightBytes + warp * kSpans * Traits::kSpanBytes;
+  StreamPlace fetched = stream_place(p.slices, first, Traits::kColumns);
+  StreamPlace now = fetched;
+  const auto weights_of = [&](const StreamPlace& place) {
+    return static_cast<const T*>(p.b.base[place.slice]) +
+           p.b.row_offset(group.slot, place.slice, rank, place.column + weight_row) + 8 * chunk;
+  };
+  const T* weights_from = weights_of(fetched);
+  int64_t weight_stride = p.b.stride(fetched.slice, rank);
+  int fetch_stage = 0, left = last - first;
+  const auto fetch = [&] {
+    if (left > 0) {
+      const int columns = fetched.width - fetched.column;
+      unsigned char* weights = shared + fetch_stage;
+      const T* from = weights_from;
+#pragma unroll
+      for (int i = 0; i < kWeightCopies; ++i) {
+        const int c = weight_row + i * kWeightRows;
+        if (kWeightRows <= Traits::kColumns || c < Traits::kColumns) {
+          // Column 8 g + 2 b + h of a span is row g + 8 h of its block b.
+          const int row = c / 64 * 64 + c % 8 / 2 * 16 + c % 2 * 8 + c % 64 / 8;
+          device::copy_async_16(weights + (row * kStride + 8 * chunk) * 2, from,
+                                c < columns ? weight_bytes : 0);
+        }
+        from += kWeightRows * weight_stride;
+      }
+#pragma unroll
+      for (int s = 0; s < kSpans; ++s) {
+        const int column = (first_span + s) * kSpanColumns;
+        if (s < num_spans && column + row_chunk * kPerChunk < columns) {
+#pragma unroll
+          for (int i = 0; i < Traits::kCopies; ++i) {
+            if (rows[i] != nullptr) {
+              device::copy_async_16(spans + fetch_stage + s * Traits::kSpanBytes +
+                                        Traits::at(Traits::kCopyRows * i + row_of_copy, row_chunk),
+                                    rows[i] + fetched.start + fetched.column + column, 16);
+            }
+          }
+        }
+      }
+      if (fetched.advance(p.slices, Traits::kColumns)) {
+        weights_from = weights_of(fetched);
+        weight_stride = p.b.stride(fetched.slice, rank);
+      } else {
+        weights_from += Traits::kColumns * weight_stride;
+      }
+      --left;
+    }
+    fetch_stage += Traits::kStageBytes;
+    fetch_stage = fetch_stage < kStages * Traits::kStageBytes ? fetch_stage : 0;
+    device::copy_async_commit();
+  };
+#pragma unroll
+  for (int s = 0; s < kStages - 1; ++s) {
+    fetch();
+  }
+  if (p.after_xa) {
+    device::grid_dependency_wait();  // xa is all that the kernel before has written
+  }
+
+  uint32_t high[2][kSteps][2], low[2][kSteps][2];
+  float scales[4];  // fp16 only: of the tokens 8 n + 2 q + e
+  const auto load_xa = [&](int slice) {
+    const bool pairs = p.xa_stride % 2 == 0 && slice * rank % 2 == 0 && device::is_aligned(p.xa, 8);
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      float2 values[kSteps][2];
+#pragma unroll
+      for (int kk = 0; kk < kSteps; ++kk) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int j = 16 * kk + 8 * h + 2 * q;
+          const float* from = xa_rows[n] + slice * rank + j;
+          float2 value = make_float2(0, 0);
+          if (xa_rows[n] != nullptr && j < rank) {
+            if (pairs && j + 1 < rank) {
+              value = __ldcg(reinterpret_cast<const float2*>(from));
+            } else {
+              value.x = __ldcg(from);
+              value.y = j + 1 < rank ? __ldcg(from + 1) : 0.0f;
+            }
+          }
+          values[kk][h] = value;
+        }
+      }
+      float scale = 1.0f;
+      if constexpr (device::kNeedsScale<T>) {
+        int most = 0;
+#pragma unroll
+        for (int kk = 0; kk < kSteps; ++kk) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            most = max(most, max(__float_as_int(fabsf(values[kk][h].x)),
+                                 __float_as_int(fabsf(values[kk][h].y))));
+          }
+        }
+        most = max(most, __shfl_xor_sync(0xffffffffu, most, 1));
+        most = max(most, __shfl_xor_sync(0xffffffffu, most, 2));
+        scale = device::scale_down(most);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          scales[2 * n + e] = device::scale_up(__shfl_sync(0xffffffffu, most, (2 * q + e) * 4));
+        }
+      }
+#pragma unroll
+      for (int kk = 0; kk < kSteps; ++kk) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          T tops[2], rests[2];
+          device::split(values[kk][h].x * scale, tops[0], rests[0]);
+          device::split(values[kk][h].y * scale, tops[1], rests[1]);
+          high[n][kk][h] = device::pack_two(tops[0], tops[1]);
+          low[n][kk][h] = device::pack_two(rests[0], rests[1]);
+        }
+      }
+    }
+  };
+  load_xa(now.slice);
+
+  int stage = 0;
+  for (int step = first; step < last; ++step) {
+    device::copy_async_wait<kStages - 2>();
+    __syncthreads();  // this step's data are there, and every warp is done with the stage that is
+                      // filled next
+    fetch();
+    if (first_token < group.count) {
+#pragma unroll 1
+      for (int s = 0; s < num_spans; ++s) {
+        const int column = (first_span + s) * kSpanColumns;
+        const int columns = now.width - now.column - column;
+        if (columns <= 0) {
+          break;
+        }
+        const T* weights = reinterpret_cast<const T*>(shared + stage) +
+                           (column + lane % 16) * kStride + lane / 16 * 8;
+        float acc[4][2][4] = {};
+#pragma unroll
+        for (int kk = 0; kk < kSteps; ++kk) {
+          if (16 * kk < rank) {
+            uint32_t w[4][4];
+#pragma unroll
+            for (int b = 0; b < 4; ++b) {
+              device::ldmatrix_x4(w[b], weights + b * 16 * kStride + 16 * kk);
+            }
+#pragma unroll
+            for (int b = 0; b < 4; ++b) {
+#pragma unroll
+              for (int n = 0; n < 2; ++n) {
+                device::mma<T>(acc[b][n], w[b][0], w[b][1], w[b][2], w[b][3], high[n][kk][0],
+                               high[n][kk][1]);
+              }
+            }
+#pragma unroll
+            for (int b = 0; b < 4; ++b) {
+#pragma unroll
+              for (int n = 0; n < 2; ++n) {
+                device::mma<T>(acc[b][n], w[b][0], w[b][1], w[b][2], w[b][3], low[n][kk][0],
+                               low[n][kk][1]);
+              }
+            }
+          }
+        }
+        // Output o of a lane: token 8 * (o / 2) + 2 q + o % 2, columns 8 g and following.
+        unsigned char* span = spans + stage + s * Traits::kSpanBytes;
+#pragma unroll
+        for (int o = 0; o < 4; ++o) {
+          float delta[8];
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            delta[i] = acc[i / 2][o / 2][i % 2 * 2 + o % 2];
+            if constexpr (device::kNeedsScale<T>) {
+              delta[i] *= scales[o];
+            }
+          }
+          constexpr int kParts = 8 / kPerChunk;  // chunks of eight outputs
+          const int row = 8 * (o / 2) + 2 * q + o % 2;
+          device::Outputs<Y> outputs;
+#pragma unroll
+          for (int i = 0; i < kParts; ++i) {
+            const uint4 raw =
+                *reinterpret_cast<const uint4*>(span + Traits::at(row, g * kParts + i));
+            outputs.words[4 * i] = raw.x, outputs.words[4 * i + 1] = raw.y;
+            outputs.words[4 * i + 2] = raw.z, outputs.words[4 * i + 3] = raw.w;
+          }
+          outputs.add(delta);
+#pragma unroll
+          for (int i = 0; i < kParts; ++i) {
+            *reinterpret_cast<uint4*>(span + Traits::at(row, g * kParts + i)) =
+                make_uint4(outputs.words[4 * i], outputs.words[4 * i + 1], outputs.words[4 * i + 2],
+                           outputs.words[4 * i + 3]);
+          }
+        }
+        __syncwarp();
+        if (row_chunk * kPerChunk < columns) {
+#pragma unroll
+          for (int i = 0; i < Traits::kCopies; ++i) {
+            if (rows[i] != nullptr) {
+              *reinterpret_cast<uint4*>(rows[i] + now.start + now.column + column) =
+                  *reinterpret_cast<const uint4*>(
+                      span + Traits::at(Traits::kCopyRows * i + row_of_copy, row_chunk));
+            }
+          }
+        }
+      }
+    }
+    stage += Traits::kStageBytes;
+    stage = stage < kStages * Traits::kStageBytes ? stage : 0;
+    if (now.advance(p.slices, Traits::kColumns) && step + 1 < last) {
+      load_xa(now.slice);
+    }
+  }
+  device::copy_async_wait<0>();
+  __syncthreads();  // the next group fills the stages again
+}
+
+// after_xa: see expand.cu. row_steps: steps of a row of y.
+template <typename T, typename Y, int kSteps, int kSpans, int kStages, int kBlocks>
+__global__ void __launch_bounds__(kStreamThreads, kBlocks)
+    expand_stream_kernel(const __grid_constant__ ExpandParams p, int row_steps) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  if (!p.after_xa) {
+    device::grid_dependency_wait();
+  }
+  device::grid_dependency_launch();
+  const int num_tiles = p.plan.header[kNumWideTiles];
+  const int64_t items = static_cast<int64_t>(num_tiles) * row_steps;
+  int at = static_cast<int>(items * blockIdx.x / gridDim.x);
+  const int end = static_cast<int>(items * (blockIdx.x + 1) / gridDim.x);
+  while (at < end) {
+    const TokenGroup group = token_group(p.plan, at / row_steps, num_tiles);
+    const int group_begin = group.first_tile * row_steps;
+    const int group_end = group_begin + group.tiles * row_steps;
+    // Items are cut across both tiles of a group; so is the neighbour's part, at the same place.
+    const int first = (at - group_begin) / group.tiles;
+    const int last = end >= group_end ? row_steps : (end - group_begin) / group.tiles;
+    const int rank = min(p.ranks[group.slot], p.max_rank);
+    if (rank > 0 && first < last) {
+      expand_group<T, Y, kSteps, kSpans, kStages>(p, group, rank, first, last, shared);
+    }
+    at = group_end;
+  }
+}
+
+}  // namespace lora_ext::cuda
