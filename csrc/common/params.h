@@ -89,7 +89,6 @@ struct ExpandParams {
   Slices slices;
   int32_t max_rank;
   bool after_xa;  // the kernel before in the stream wrote xa, and itself waited for all before it
-  bool batch_invariant;  // a row's bits must not depend on what else is in the batch
   void* stream;
 };
 
@@ -146,7 +145,6 @@ inline ExpandParams expand_of(const ApplyParams& p) {
   expand.num_tokens = p.num_tokens;
   expand.slices = p.slices;
   expand.max_rank = p.max_rank;
-  expand.batch_invariant = p.batch_invariant;
   expand.stream = p.stream;
   return expand;
 }

@@ -425,10 +425,8 @@ int expand(const ExpandParams& p) {
   const bool narrow =
       expand_is_narrow(p.num_tokens, p.plan.num_slots, p.slices.offset[p.slices.count],
                        device_properties().sm_count);
-  // The two kernels sum over the ranks in different order.
-  const bool streams = expand_streams(p.num_tokens, p.max_rank) && !p.batch_invariant &&
-                       vector_outputs(p) && p.b.slot_offsets == nullptr &&
-                       is_multiple(p.b, p.slices.count, 8, 16);
+  const bool streams = expand_streams(p.num_tokens, p.max_rank) && vector_outputs(p) &&
+                       p.b.slot_offsets == nullptr && is_multiple(p.b, p.slices.count, 8, 16);
   return dispatch_half_output(p.dtype, p.y_dtype, [&](auto t, auto y) {
     using T = typename decltype(t)::type;
     using Y = typename decltype(y)::type;

@@ -173,28 +173,27 @@ inline ShrinkConfig shrink_config(const ShrinkShape& s) {
 
 // The same for the kernel with wgmma. Rows: 32, 64, 128 or 192; any cluster up to 8. Two CTAs fit
 // an SM. Few tiles: 64 rows a CTA, because more CTAs have more loads in flight and what they read
-// twice of x comes from the L2 (qkv, T = 512, rank 64: 12.2 -> 8.9 us). The cluster is the one with
-// the least time, waves over CTAs that share a tile. Three quarters of the places, as
-// resident_blocks counts, because clusters find little room beside another kernel's CTAs (2048
-// tokens, clusters of 7: 11.0 us alone, but 5 us more with the expand behind); pairs always find
-// it. And some tiles more than full ones, because slots leave tiles partly filled (16 segments of
-// 2048 tokens: 37 us with clusters of 6, 30 with 5).
+// twice of x comes from the L2 (qkv, T = 512, rank 64: 12.2 -> 8.9 us). Else the cluster with the
+// least time: waves over CTAs that share a tile, plus a tenth of a tile's time for each wave. Three
+// quarters of the places, as resident_blocks counts, because clusters find little room beside
+// another kernel's CTAs (2048 tokens, clusters of 7: 11.0 us alone, but 5 us more with the expand
+// behind it); pairs always find it. And some tiles more than full ones, because slots leave tiles
+// partly filled (16 segments of 2048 tokens: 37 us with clusters of 6, 30 with 5).
 inline ShrinkConfig shrink_wgmma_config(const ShrinkShape& s) {
   const int64_t full = ceil_div(s.num_tokens, kWideTileTokens);
-  const int64_t tiles = full + std::min(full, s.num_slots) / 4;
-  ShrinkConfig config{64, 1};
-  if (full * ceil_div(s.rows, 64) * 8 > resident_blocks(s.sm_count, 2, 8)) {
-    const int64_t rows = ceil_div(s.rows, ceil_div(s.rows, 192));
-    config.rows = rows <= 64 ? 64 : rows <= 128 ? 128 : 192;
+  const int most = static_cast<int>(std::clamp<int64_t>(s.in_features / 512, 1, 8));
+  if (full * ceil_div(s.rows, 64) * 8 <= resident_blocks(s.sm_count, 2, 8)) {
+    return {s.rows <= 32 ? 32 : 64, most};
   }
-  config.rows = s.rows <= 32 ? 32 : config.rows;
-  const int64_t items = tiles * ceil_div(s.rows, config.rows);
-  const auto waves = [&](int cluster) {
+  const int64_t rows = ceil_div(s.rows, ceil_div(s.rows, 192));
+  ShrinkConfig config{rows <= 32 ? 32 : rows <= 64 ? 64 : rows <= 128 ? 128 : 192, 1};
+  const int64_t items = (full + std::min(full, s.num_slots) / 4) * ceil_div(s.rows, config.rows);
+  const auto time = [&](int cluster) {  // times cluster
     const int64_t places = resident_blocks(s.sm_count, 2, cluster <= 2 ? 1 : cluster);
-    return ceil_div(items, std::max<int64_t>(places / cluster, 1));
+    return ceil_div(items, std::max<int64_t>(places / cluster, 1)) * (10 + cluster);
   };
-  for (int cluster = 2; cluster <= 8 && s.in_features >= 512 * cluster; ++cluster) {
-    if (waves(cluster) * config.cluster < waves(config.cluster) * cluster) {
+  for (int cluster = 2; cluster <= most; ++cluster) {
+    if (time(cluster) * config.cluster < time(config.cluster) * cluster) {
       config.cluster = cluster;
     }
   }
@@ -233,7 +232,7 @@ inline int gradient_cluster(int64_t blocks, int64_t steps, int sm_count, bool cl
 // The expand that walks along rows of y pays from where y is what moves; its registers hold 128
 // ranks of xa.
 inline bool expand_streams(int64_t num_tokens, int max_rank) {
-  return num_tokens > kFusedMaxTokens && max_rank <= 128;
+  return num_tokens > kDecodeMaxTokens && max_rank <= 128;
 }
 
 }  // namespace lora_ext

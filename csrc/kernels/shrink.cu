@@ -349,7 +349,7 @@ int shrink(const ShrinkParams& p) {
   shape.rows = p.num_slices * p.max_rank;
   shape.sm_count = device.sm_count;
   shape.clusters = device.clusters;
-  if (p.num_tokens > kFusedMaxTokens && all_vector(p) && has_wgmma()) {
+  if (p.num_tokens > kDecodeMaxTokens && all_vector(p) && has_wgmma()) {
     const ShrinkConfig config = shrink_wgmma_config(shape);
     return dispatch_half(p.dtype, [&](auto t) {
       using T = typename decltype(t)::type;
