@@ -13,6 +13,7 @@ from ..adapters import Adapter, load_adapter
 from ..layers import (
     FusedMoE,
     LoRAEmbedding,
+    LoRAGate,
     LoRALinear,
     LoRALMHead,
     LoRAModule,
@@ -285,7 +286,7 @@ def _layer(
                 raise ValueError(f"{type(module).__name__} is not a plain embedding")
             return LoRAEmbedding(module, *limits)
         if isinstance(module, nn.Linear):
-            kind = LoRALMHead if is_head else module_lists.LoRAGate if is_gate else LoRALinear
+            kind = LoRALMHead if is_head else LoRAGate if is_gate else LoRALinear
             return kind(module, *limits)
         if is_router(module):
             return LoRARouter(module, *limits)

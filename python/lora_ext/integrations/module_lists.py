@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import ExpertLinear, FusedMoE, LoRALinear, Routing
+from ..layers import ExpertLinear, FusedMoE, LoRAGate, Routing
 
 # gate, up and down of Qwen's experts, and of Mixtral's.
 _PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
@@ -37,14 +37,6 @@ class SparseMoeBlock(nn.Module):
         if self.norm_topk_prob:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         return self.experts(hidden_states, chosen, weights.to(hidden_states.dtype)), logits
-
-
-class LoRAGate(LoRALinear):
-    """The gate of such a block, which may get its tokens flattened."""
-
-    def _plan(self, shape: torch.Size) -> Tensor | None:
-        # The rows' tokens come one behind the other: as many rows of one token.
-        return super()._plan(torch.Size((shape.numel(), 1)))
 
 
 def is_block(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from .parallel_linear import (
     LoRAQKVParallelLinear,
     LoRARowParallelLinear,
 )
-from .router import LoRARouter
+from .router import LoRAGate, LoRARouter
 from .routing import Routing, RowPlans
 from .vocab_parallel import LoRAVocabParallelEmbedding
 
@@ -27,6 +27,7 @@ __all__ = [
     "LoRAColumnParallelLinear",
     "LoRAEmbedding",
     "LoRAExperts",
+    "LoRAGate",
     "LoRALMHead",
     "LoRALinear",
     "LoRAMergedColumnParallelLinear",

@@ -1,4 +1,4 @@
-"""LoRARouter: the gate of an MoE layer, whose weight PEFT's "all-linear" adapts too."""
+"""The gate of an MoE layer, which adapters may target too, as PEFT's "all-linear" does."""
 
 from __future__ import annotations
 
@@ -8,16 +8,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .. import ops
-from .base import LoRAModule, require_inference
-from .routing import Routing
+from .linear import LoRALinear
+from .routing import BatchPlan, Routing, RowPlans
 from .sharding import Shard
 
 # Hugging Face's routers that take the softmax of all experts' logits first, and then the k highest.
 _KNOWN = ("MixtralTopKRouter", "OlmoeTopKRouter", "Qwen2MoeTopKRouter", "Qwen3MoeTopKRouter")
 
 
-class LoRARouter(LoRAModule):
+class LoRAGate(LoRALinear):
+    """The linear layer from tokens to experts' logits; blocks give it their tokens flattened."""
+
+    def _plan_from(self, source: RowPlans | BatchPlan, shape: torch.Size) -> Tensor | None:
+        # The rows' tokens come one behind the other: as many rows of one token.
+        return source.plan(torch.Size((shape.numel(), 1)))
+
+
+class LoRARouter(LoRAGate):
     """A top-k router plus the adapter of each token, added to its logits.
 
     Where no adapter is in use it calls its base; what else looks at the base's results, such as
@@ -29,38 +36,26 @@ class LoRARouter(LoRAModule):
     ) -> None:
         if not is_router(base):
             raise ValueError(f"{type(base).__name__} is no router, expected one of {_KNOWN}")
-        weight: Any = base.weight
-        num_experts, in_features = weight.shape
+        router: Any = base
+        num_experts, in_features = router.weight.shape
         super().__init__(
-            base,
-            Shard.whole(in_features),
-            [Shard.whole(num_experts)],
+            router,
             num_slots,
             max_rank,
             routing,
+            inputs=Shard.whole(in_features),
+            outputs=[Shard.whole(num_experts)],
         )
 
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(  # type: ignore[override]  # a router's results, not a linear layer's
+        self, hidden_states: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits ``[T, E]``, weights ``[T, k]`` and experts ``[T, k]`` of ``[..., K]``."""
         x = hidden_states.reshape(-1, self.in_features)
-        # The rows' tokens come one behind the other: as many rows of one token.
-        plan = self._plan(torch.Size((x.shape[0], 1)))
-        if plan is None:
+        if self._plan(x.shape[:1]) is None:
             result: tuple[Tensor, Tensor, Tensor] = self.base(hidden_states)
             return result
-        logits = functional.linear(x, self.weight)
-        require_inference(logits)
-        ops.lora_apply_(
-            logits,
-            x.to(self.lora_a.dtype),
-            [self.lora_a],
-            [self.lora_b],
-            self.ranks,
-            self.scalings,
-            plan,
-            output_slices=self.output_sizes,
-            max_rank=self.max_rank,
-        )
+        logits = self._add_adapters(functional.linear(x, self.weight), x)
         base: Any = self.base
         weights, experts = torch.topk(logits.softmax(dim=-1, dtype=torch.float32), base.top_k)
         is_mixtral = not hasattr(base, "norm_topk_prob")
