@@ -25,6 +25,7 @@ class DemoFiles:
     directory: Path
     peft_model: PeftModel
     tokenizer: Any
+    moe: bool
 
     @property
     def model(self) -> Path:
@@ -40,11 +41,11 @@ class DemoFiles:
 
 
 @functools.cache
-def make_demo_files() -> DemoFiles:
+def make_demo_files(moe: bool = False) -> DemoFiles:
     """Train once per test run; the adapters get steps enough to change the text."""
     quiet_transformers()
     temporary = tempfile.TemporaryDirectory(prefix="lora-ext-tests-")
     _keep_until_exit.append(temporary)
     directory = Path(temporary.name) / "demo-out"
-    peft_model, tokenizer = demo.prepare(directory, base_steps=30, adapter_steps=30)
-    return DemoFiles(directory, peft_model, tokenizer)
+    peft_model, tokenizer = demo.prepare(directory, moe=moe, base_steps=30, adapter_steps=30)
+    return DemoFiles(directory, peft_model, tokenizer, moe)

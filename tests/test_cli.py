@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,9 +32,14 @@ PACKAGE = Path(lora_ext.__file__).parent
 VOCABULARY = 5
 
 
-@pytest.fixture(scope="module")
-def files() -> DemoFiles:
-    return make_demo_files()
+@pytest.fixture(scope="module", params=[False, True], ids=["dense", "moe"])
+def files(request: pytest.FixtureRequest) -> DemoFiles:
+    return make_demo_files(request.param)
+
+
+def check(files: DemoFiles, directory: Path, peft_model: object, **options: Any) -> int:
+    """Run the demo's second half."""
+    return demo.check(directory, peft_model, files.tokenizer, moe=files.moe, **options)
 
 
 def make_row(tokens: list[int], seed: int = 0) -> Generated:
@@ -79,9 +85,10 @@ def test_wrong_arguments_have_status_2(capsys: pytest.CaptureFixture[str], tmp_p
     assert main(["demo", "--device", "cuda:99"]) == 2
     assert main(["demo", "--device", "nonsense"]) == 2
     assert main(["demo", "--tokens", "1000"]) == 2
+    assert main(["demo", "--moe", "--dtype", "bfloat16"]) == 2
     assert main(["demo", "--keep", str(tmp_path)]) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 4 and all(line.startswith("lora-ext demo: --") for line in errors)
+    assert len(errors) == 5 and all(line.startswith("lora-ext demo: --") for line in errors)
 
 
 # --- collect-env ---------------------------------------------------------------------------------
@@ -149,10 +156,11 @@ def test_whether_kernels_run_on_a_gpu(
 
 
 def test_demo_agrees_with_peft(files: DemoFiles, capsys: pytest.CaptureFixture[str]) -> None:
-    assert demo.check(files.directory, files.peft_model, files.tokenizer, tokens=8) == 0
+    assert check(files, files.directory, files.peft_model, tokens=8) == 0
     out = capsys.readouterr().out
     assert out.count("8 tokens equal") == len(demo.PROMPTS)
-    assert "DISAGREES" not in out and "PEFT (adapter_names=)" in out
+    way = "one adapter after another" if files.moe else "adapter_names="
+    assert "DISAGREES" not in out and f"PEFT ({way})" in out
 
 
 @pytest.mark.gpu
@@ -160,11 +168,11 @@ def test_demo_agrees_with_peft(files: DemoFiles, capsys: pytest.CaptureFixture[s
 def test_demo_agrees_with_peft_on_a_gpu(
     files: DemoFiles, dtype: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if files.moe and dtype != "float32":
+        pytest.skip("rounding sends tokens to other experts")
     # The check rounds the weights of PEFT's model.
     peft_model = copy.deepcopy(files.peft_model)
-    status = demo.check(
-        files.directory, peft_model, files.tokenizer, device="cuda", dtype=dtype, tokens=8
-    )
+    status = check(files, files.directory, peft_model, device="cuda", dtype=dtype, tokens=8)
     assert status == 0, capsys.readouterr().out
 
 
@@ -178,18 +186,23 @@ def test_demo_finds_a_wrong_adapter(
     config = json.loads(config_file.read_text())
     config["lora_alpha"] *= 1.01
     config_file.write_text(json.dumps(config))
-    assert demo.check(directory, files.peft_model, files.tokenizer, tokens=4) == 1
+    assert check(files, directory, files.peft_model, tokens=4) == 1
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if "DISAGREES" in line]
     assert [line[1] for line in lines] == ["recipes", "recipes"]
 
 
+@pytest.mark.parametrize("options", [[], ["--moe"]], ids=["dense", "moe"])
 def test_demo_keeps_what_generate_reads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    options: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "BASE_STEPS", 5)
     monkeypatch.setattr(demo, "ADAPTER_STEPS", 5)
-    assert main(["demo", "--device", "cpu", "--tokens", "4", "--keep", "my demo"]) == 0
+    arguments = ["demo", *options, "--device", "cpu", "--tokens", "4", "--keep", "my demo"]
+    assert main(arguments) == 0
     last_line = capsys.readouterr().out.splitlines()[-1]
     assert main([*shlex.split(last_line)[1:], "--device", "cpu", "--max-new-tokens", "4"]) == 0
     rows = [json.loads(line) for line in Path("out.jsonl").read_text("utf-8").splitlines()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,9 +80,7 @@ def peft_alone(model: PeftModel, prompt: torch.Tensor, adapter: str | None, end:
 
     def continue_row(so_far: torch.Tensor, count: int) -> Generated:
         ids = torch.cat([prompt, so_far.to(prompt)[None]], dim=1)
-        if adapter is not None:
-            model.set_adapter(adapter)
-        with model.disable_adapter() if adapter is None else contextlib.nullcontext():
+        with _peft_with(model, adapter):
             output = generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -94,6 +92,45 @@ def peft_alone(model: PeftModel, prompt: torch.Tensor, adapter: str | None, end:
         return split_rows(output, ids.shape[1], end)[0]
 
     return continue_row
+
+
+@contextlib.contextmanager
+def _peft_with(model: PeftModel, adapter: str | None) -> Iterator[None]:
+    """Let PEFT compute with one adapter, or with none, in a ``with`` block."""
+    if adapter is not None:
+        model.set_adapter(adapter)
+    with model.disable_adapter() if adapter is None else contextlib.nullcontext():
+        yield
+
+
+def peft_mixed(
+    model: PeftModel,
+    ids: torch.Tensor,
+    adapters: Sequence[str | None],
+    options: Mapping[str, Any],
+) -> torch.Tensor:
+    """Generate a batch with PEFT's own mix of adapters."""
+    generate: Any = model.generate
+    names = [name or "__base__" for name in adapters]
+    tokens: torch.Tensor = generate(input_ids=ids, adapter_names=names, **options)
+    return tokens
+
+
+def peft_in_turn(
+    model: PeftModel,
+    ids: torch.Tensor,
+    adapters: Sequence[str | None],
+    options: Mapping[str, Any],
+) -> torch.Tensor:
+    """Generate the rows of one adapter after the other; ``options`` has an attention_mask."""
+    generate: Any = model.generate
+    tokens = []
+    for adapter in dict.fromkeys(adapters):
+        rows = [row for row, name in enumerate(adapters) if name == adapter]
+        own = {**options, "attention_mask": options["attention_mask"][rows]}
+        with _peft_with(model, adapter):
+            tokens.append(generate(input_ids=ids[rows], **own))
+    return torch.cat(tokens)
 
 
 def compare(row: Generated, reference: Continue, *, tolerance: float, ties: bool) -> Verdict:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from .. import demo_data
 
@@ -44,6 +51,14 @@ class AdapterSpec:
     alpha: int
     targets: str | list[str]
     rslora: bool = False
+    parameters: tuple[str, ...] = ()  # 3-D weights of experts, adapted by their names
+
+    @property
+    def detail(self) -> str:
+        targets = [self.targets] if isinstance(self.targets, str) else self.targets
+        names = ",".join([*targets, *(["experts"] if self.parameters else [])])
+        kind = "rsLoRA" if self.rslora else "LoRA"
+        return f"{kind} r={self.rank} on {names}".replace("_proj", "")
 
     def config(self) -> LoraConfig:
         return LoraConfig(
@@ -51,12 +66,13 @@ class AdapterSpec:
             r=self.rank,
             lora_alpha=self.alpha,
             target_modules=self.targets,
+            target_parameters=list(self.parameters) or None,
             use_rslora=self.rslora,
         )
 
 
 # Together they reach every kind of layer: attention, MLP, the input embedding and the output head.
-ADAPTERS = (
+_ADAPTERS = (
     AdapterSpec("recipes", demo_data.RECIPES, 8, 16, ["q_proj", "v_proj", "up_proj", "down_proj"]),
     AdapterSpec("sea_log", demo_data.SEA_LOG, 16, 16, "all-linear", rslora=True),
     AdapterSpec(
@@ -66,6 +82,24 @@ ADAPTERS = (
         8,
         ["q_proj", "k_proj", "v_proj", "o_proj", "embed_tokens", "lm_head"],
     ),
+)
+
+
+# Attention, experts, the input embedding and the output head. PEFT wants all adapters of experts
+# to have the same parameters.
+_EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+_MOE_ADAPTERS = (
+    AdapterSpec("recipes", demo_data.RECIPES, 8, 16, ["q_proj", "v_proj"], parameters=_EXPERTS),
+    AdapterSpec(
+        "sea_log",
+        demo_data.SEA_LOG,
+        16,
+        16,
+        ["q_proj", "k_proj", "v_proj", "o_proj"],
+        rslora=True,
+        parameters=_EXPERTS,
+    ),
+    _ADAPTERS[2],
 )
 
 
@@ -80,7 +114,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator([demo_data.BASE, *(spec.text for spec in ADAPTERS)], trainer)
+    bpe.train_from_iterator([demo_data.BASE, *(spec.text for spec in _ADAPTERS)], trainer)
     make: Any = PreTrainedTokenizerFast
     tokenizer: PreTrainedTokenizerFast = make(
         tokenizer_object=bpe, pad_token=PAD, eos_token=END, padding_side="left"
@@ -88,22 +122,52 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Return a small Llama (0.4 million parameters) with random weights from torch's seed."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=None,
+def _common_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
+
+
+def _make_llama(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    return LlamaForCausalLM(LlamaConfig(**_common_config(tokenizer)))
+
+
+def _make_qwen3_moe(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            **_common_config(tokenizer),
+            moe_intermediate_size=96,
+            num_experts=8,
+            num_experts_per_tok=2,
+            norm_topk_prob=True,
         )
     )
+
+
+@dataclass(frozen=True)
+class DemoModel:
+    """A model to train, with random weights from torch's seed, and its adapters."""
+
+    family: str
+    make: Callable[[PreTrainedTokenizerFast], PreTrainedModel]
+    adapters: tuple[AdapterSpec, ...]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {spec.name: spec.rank for spec in self.adapters}
+
+
+DENSE = DemoModel("Llama", _make_llama, _ADAPTERS)
+MOE = DemoModel("Qwen3-MoE", _make_qwen3_moe, _MOE_ADAPTERS)
 
 
 @one_thread()
@@ -135,11 +199,13 @@ def train(
     return float(loss.detach())
 
 
-def train_base(directory: Path, *, seed: int, steps: int) -> tuple[LlamaForCausalLM, Any, float]:
+def train_base(
+    kind: DemoModel, directory: Path, *, seed: int, steps: int
+) -> tuple[PreTrainedModel, Any, float]:
     """Make and train the base model, and save it with its tokenizer in ``directory``."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer)
+    model = kind.make(tokenizer)
     loss = train(model, tokenizer, demo_data.BASE, steps=steps, learning_rate=3e-3)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -147,7 +213,7 @@ def train_base(directory: Path, *, seed: int, steps: int) -> tuple[LlamaForCausa
 
 
 def add_adapter(
-    model: LlamaForCausalLM | PeftModel, tokenizer: Any, spec: AdapterSpec, *, steps: int
+    model: PreTrainedModel | PeftModel, tokenizer: Any, spec: AdapterSpec, *, steps: int
 ) -> tuple[PeftModel, float]:
     """Train one more adapter with PEFT; those that ``model`` has already stay as they are."""
     if isinstance(model, PeftModel):
@@ -158,7 +224,6 @@ def add_adapter(
     return model, train(model, tokenizer, spec.text, steps=steps, learning_rate=1e-2)
 
 
-def save_adapters(model: PeftModel, directory: Path) -> dict[str, Path]:
-    """Save every adapter with PEFT; returns the directory of each."""
+def save_adapters(model: PeftModel, directory: Path) -> None:
+    """Save every adapter with PEFT, each in a folder of its name."""
     model.save_pretrained(str(directory))
-    return {spec.name: directory / spec.name for spec in ADAPTERS}

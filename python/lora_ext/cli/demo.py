@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from ._demo_check import Row, Verdict
+    from ._demo_model import DemoModel
 
 SUMMARY = "train three small adapters, run them in one mixed batch, and compare it with PEFT"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -44,6 +45,9 @@ PROMPTS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--moe", action="store_true", help="a mixture of experts, adapted too; float32 only"
+    )
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
     parser.add_argument(
@@ -60,6 +64,11 @@ def run(args: argparse.Namespace) -> int:
     device = resolve_device(args.device)
     if args.tokens > 256:
         raise CommandError(f"--tokens {args.tokens}: the demo's model takes at most 256")
+    if args.moe and args.dtype != "float32":
+        raise CommandError(
+            f"--moe --dtype {args.dtype}: in half precision, rounding sends tokens to other "
+            "experts, so that logits cannot be compared"
+        )
     if args.keep is None:
         with tempfile.TemporaryDirectory(prefix="lora-ext-demo-") as directory:
             return run_demo(Path(directory), device=device, **settings(args))
@@ -76,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     return {
+        "moe": args.moe,
         "dtype": args.dtype,
         "tokens": args.tokens,
         "seed": args.seed,
@@ -91,6 +101,7 @@ def adapter_paths(directory: Path) -> list[Path]:
 def run_demo(
     directory: Path,
     *,
+    moe: bool,
     device: str,
     dtype: str,
     tokens: int,
@@ -101,14 +112,23 @@ def run_demo(
     """Do everything in ``directory``; returns 0 where every row agrees with PEFT, else 1."""
     quiet_transformers()
     peft_model, tokenizer = prepare(
-        directory, seed=seed, base_steps=base_steps, adapter_steps=adapter_steps
+        directory, moe=moe, seed=seed, base_steps=base_steps, adapter_steps=adapter_steps
     )
-    return check(directory, peft_model, tokenizer, device=device, dtype=dtype, tokens=tokens)
+    return check(
+        directory, peft_model, tokenizer, moe=moe, device=device, dtype=dtype, tokens=tokens
+    )
+
+
+def model_of(moe: bool) -> DemoModel:
+    from . import _demo_model
+
+    return _demo_model.MOE if moe else _demo_model.DENSE
 
 
 def prepare(
     directory: Path,
     *,
+    moe: bool = False,
     seed: int = 0,
     base_steps: int,
     adapter_steps: int,
@@ -125,15 +145,16 @@ def prepare(
 
     print("training (CPU, float32)")
     start = time.perf_counter()
-    base, tokenizer, loss = _demo_model.train_base(directory / "model", seed=seed, steps=base_steps)
-    report("base", f"Llama, {base.num_parameters() / 1e6:.1f} M parameters", loss)
+    kind = model_of(moe)
+    base, tokenizer, loss = _demo_model.train_base(
+        kind, directory / "model", seed=seed, steps=base_steps
+    )
+    report("base", f"{kind.family}, {base.num_parameters() / 1e6:.1f} M parameters", loss)
     model: Any = base
-    for spec in _demo_model.ADAPTERS:
+    for spec in kind.adapters:
         start = time.perf_counter()
         model, loss = _demo_model.add_adapter(model, tokenizer, spec, steps=adapter_steps)
-        targets = spec.targets if isinstance(spec.targets, str) else ",".join(spec.targets)
-        detail = f"{'rsLoRA' if spec.rslora else 'LoRA'} r={spec.rank} on {targets}"
-        report(spec.name, detail.replace("_proj", ""), loss)
+        report(spec.name, spec.detail, loss)
     _demo_model.save_adapters(model, directory / "adapters")
     with (directory / "prompts.jsonl").open("w", encoding="utf-8") as file:
         for prompt, adapter in PROMPTS:
@@ -146,6 +167,7 @@ def check(
     peft_model: PeftModel,
     tokenizer: Any,
     *,
+    moe: bool = False,
     device: str = "cpu",
     dtype: str = "float32",
     tokens: int = 24,
@@ -156,10 +178,10 @@ def check(
 
     import lora_ext
 
-    from . import _demo_check, _demo_model
+    from . import _demo_check
 
     torch_dtype: torch.dtype = getattr(torch, dtype)
-    ranks = {spec.name: spec.rank for spec in _demo_model.ADAPTERS}
+    ranks = model_of(moe).ranks
     base: Any = AutoModelForCausalLM.from_pretrained(directory / "model", dtype=torch_dtype)
     model = lora_ext.wrap(base.to(device), max_adapters=len(ranks), max_rank=max(ranks.values()))
     for name in ranks:
@@ -197,19 +219,20 @@ def check(
     ]
     print_table(rows, ranks, texts, verdicts)
 
-    peft_generate: Any = peft_model.generate
     _demo_check.round_parameters(peft_model, torch_dtype, compute=torch_dtype)
-    peft_names = [name or "__base__" for name in adapters]
     length = ids.shape[1]
     options["min_new_tokens"] = tokens  # both sides then make the same number of tokens
     ours = _demo_check.tokens_per_second(
         lambda: model.generate(ids, adapters=adapters, **options)[:, length:]
     )
+    # PEFT has no mixed batches for parameters that are adapted by their names.
+    peft_batch = _demo_check.peft_in_turn if moe else _demo_check.peft_mixed
     theirs = _demo_check.tokens_per_second(
-        lambda: peft_generate(input_ids=ids, adapter_names=peft_names, **options)[:, length:]
+        lambda: peft_batch(peft_model, ids, adapters, options)[:, length:]
     )
+    way = "one adapter after another" if moe else "adapter_names="
     print(
-        f"\nthis batch: lora_ext {ours:.0f} tokens/s, PEFT (adapter_names=) {theirs:.0f} tokens/s"
+        f"\nthis batch: lora_ext {ours:.0f} tokens/s, PEFT ({way}) {theirs:.0f} tokens/s"
         "\n(a model this small measures the cost of calls, not of kernels)"
     )
     agreeing = sum(verdict.agrees for verdict in verdicts)
