@@ -256,7 +256,10 @@ def test_buffers_are_accounted_for_before_they_are_made(device: str) -> None:
     buffers = MoEBuffers(**sizes, device=device)
     assert buffers.nbytes == MoEBuffers.nbytes_for(**sizes)
     with_op = MoEBuffers.nbytes_for(**sizes, max_rank=16, num_slices=2)
-    assert with_op - buffers.nbytes == 100 * 4 * 2 * 16 * 4
+    assert with_op - buffers.nbytes == 16 * 100 * 4 * 2 * 16 * 4  # few pairs: up to 16 times
+    many = {**sizes, "max_tokens": 10000}
+    rank_13 = MoEBuffers.nbytes_for(**many, max_rank=13) - MoEBuffers.nbytes_for(**many)
+    assert rank_13 == 10000 * 4 * 2 * 16 * 4
     assert buffers.routing.device.type == device and (buffers.token_slots == -1).all()
     before = buffers.nbytes
     assert buffers.resize(40) and buffers.nbytes < before
@@ -267,6 +270,34 @@ def test_buffers_are_accounted_for_before_they_are_made(device: str) -> None:
     assert buffers.max_tokens == 40
     with pytest.raises(ValueError, match="top_k is 0, expected at least 1"):
         MoEBuffers(8, 0, 4, 2, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 8, 64, 300, 2000, 9000])
+@pytest.mark.parametrize("shape", [(1, 1), (8, 4), (2, 128)], ids=str)
+def test_the_operator_takes_no_more_than_was_said(num_tokens: int, shape: tuple[int, int]) -> None:
+    """Few and many pairs, of few and of many (slot, expert), with a K that is worth dividing."""
+    num_slots, num_experts = shape
+    top_k = min(2, num_experts)
+    gen = generator("memory", num_tokens, shape)
+    slices, ranks = [64, 64], [13] * num_slots
+    module = make_moe(ranks, num_experts, 8192, slices, torch.bfloat16, "cuda")
+    ids = random_ids(num_tokens, top_k, num_experts, gen).cuda()
+    slots = torch.randint(num_slots, (num_tokens,), generator=gen, dtype=torch.int32).cuda()
+    sizes = {"num_slots": num_slots, "num_experts": num_experts}
+    routing = ops.moe_lora_align(ids, slots, **sizes)
+    x = randn((num_tokens, 8192), torch.bfloat16, "cuda", gen)
+    y = randn((num_tokens, top_k, 128), torch.bfloat16, "cuda", gen)
+    lora = adapters_of(module)
+    lora.add(x, y, routing, top_k, None)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    lora.add(x, y, routing, top_k, None)
+    taken = torch.cuda.max_memory_allocated() - before
+    common = {"max_tokens": num_tokens, "top_k": top_k, **sizes}
+    said = MoEBuffers.nbytes_for(**common, max_rank=13) - MoEBuffers.nbytes_for(**common)
+    assert 0 < taken <= said + 512  # the allocator's unit
 
 
 @on_devices

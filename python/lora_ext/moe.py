@@ -11,6 +11,11 @@ from torch import Tensor
 
 from . import ops
 
+# The operator divides K, and makes an intermediate for each part, while that fills a device:
+# csrc/kernels/moe_heuristics.h, on a device of 160 multiprocessors with tiles of 64 pairs.
+_MOST_SPLITS = 16
+_SPLIT_PAIRS = 160 * 64
+
 # (x, cache, topk_weights, topk_ids): adds to the cache, in place.
 Hook = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
@@ -182,12 +187,14 @@ class MoEBuffers:
 
         Args:
             max_tokens, top_k, num_experts, num_slots: as for the class.
-            max_rank: R; with it, the operator's intermediate is counted too, float32
-                ``[max_tokens * top_k, num_slices * R]``.
+            max_rank: R; with it, the most that the operator's intermediate takes is counted too:
+                float32 ``[P, num_slices * R]`` for P pairs, up to 16 times where they are few.
             num_slices: slices of the widest projection: 2 for gate and up.
         """
         routing = ops.moe_routing_size(max_tokens, top_k, num_slots, num_experts)
-        intermediate = max_tokens * top_k * num_slices * max_rank
+        pairs = max_tokens * top_k
+        rows = max(pairs, min(_MOST_SPLITS * pairs, _SPLIT_PAIRS))
+        intermediate = rows * num_slices * (-(-max_rank // 4) * 4)
         return 4 * (routing + max_tokens + num_slots + intermediate)
 
     @property
