@@ -189,3 +189,67 @@ def test_a_gradient_is_shared_only_where_there_is_enough_to_sum(**shape: int) ->
     assert cluster in ((1, 2, 4, 8) if shape["clusters"] else (1,))
     assert cluster == 1 or shape["steps"] >= 8 * cluster
     assert cluster == 1 or shape["blocks"] * cluster <= 4 * shape["sm_count"]
+
+
+PAIRS = st.integers(1, 200_000)
+GROUPS = st.integers(1, 2**31 - 1)
+
+
+@given(num_tokens=st.integers(0, 20_000), top_k=st.integers(1, 16), num_slots=SLOTS)
+def test_the_routing_grows_with_the_pairs_alone(
+    num_tokens: int, top_k: int, num_slots: int
+) -> None:
+    pairs, groups = num_tokens * top_k, num_slots * 128
+    size = testing.moe_routing_size(pairs, groups)
+    assert lora_ext.moe_routing_size(num_tokens, top_k, num_slots, 128) == size
+    assert size <= 16 + (5 if pairs <= 4096 else 9) * pairs + 1
+    assert testing.max_moe_tiles(pairs, groups) <= pairs
+
+
+@given(
+    num_pairs=PAIRS,
+    num_groups=GROUPS,
+    in_features=FEATURES,
+    matrices=st.integers(1, 8),
+    rows=st.integers(1, 8 * 1024),
+    vector=st.booleans(),
+    sm_count=SM_COUNTS,
+)
+def test_the_moe_shrink_covers_rows_and_features(**shape: int) -> None:
+    config = testing.moe_shrink_config(**shape)
+    per_matrix = config.blocks // shape["matrices"]
+    assert config.blocks == per_matrix * shape["matrices"]
+    assert (per_matrix - 1) * 16 * config.row_blocks < shape["rows"]
+    assert shape["rows"] <= per_matrix * 16 * config.row_blocks
+    # Every part of K has something in it, and starts where a warp's first step does.
+    assert 1 <= config.splits <= 16
+    assert config.split_features % 128 == 0
+    assert (config.splits - 1) * config.split_features < shape["in_features"]
+    assert shape["in_features"] <= config.splits * config.split_features
+
+
+@given(
+    num_pairs=PAIRS,
+    num_groups=GROUPS,
+    in_features=FEATURES,
+    rank=st.integers(1, 1024),
+    slices=st.integers(1, 8),
+    sm_count=SM_COUNTS,
+)
+def test_layouts_do_not_change_how_k_is_split(rank: int, slices: int, **shape: int) -> None:
+    splits = {
+        testing.moe_shrink_config(
+            matrices=matrices, rows=slices * rank // matrices, vector=vector, **shape
+        ).split_features
+        for matrices in (1, slices)
+        for vector in (False, True)
+    }
+    assert len(splits) == 1
+
+
+@given(num_pairs=PAIRS, num_groups=GROUPS, blocks=st.integers(1, 4096), sm_count=SM_COUNTS)
+def test_the_grid_over_moe_tiles_is_bounded(**shape: int) -> None:
+    tiles = testing.moe_grid_tiles(**shape)
+    assert 1 <= tiles <= max(1, testing.max_moe_tiles(shape["num_pairs"], shape["num_groups"]))
+    assert tiles <= 65_535
+    assert tiles == 1 or (tiles - 1) * shape["blocks"] < 32 * shape["sm_count"]

@@ -4,6 +4,7 @@
 
 #include "common/plan.h"
 #include "kernels/heuristics.h"
+#include "kernels/moe_heuristics.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -94,6 +95,31 @@ void bind_gradient(py::module_& m) {
         "clusters"_a);
 }
 
+void bind_moe(py::module_& m) {
+  m.def(
+      "moe_routing_size",
+      [](int64_t num_pairs, int64_t num_groups) {
+        return RoutingLayout(num_pairs, num_groups).size;
+      },
+      "num_pairs"_a, "num_groups"_a);
+  m.def("max_moe_tiles", &max_moe_tiles, "num_pairs"_a, "num_groups"_a);
+  m.def("moe_grid_tiles", &moe_grid_tiles, "num_pairs"_a, "num_groups"_a, "blocks"_a, "sm_count"_a);
+  py::class_<MoeShrinkConfig>(m, "MoeShrinkConfig")
+      .def_readonly("row_blocks", &MoeShrinkConfig::row_blocks)
+      .def_readonly("blocks", &MoeShrinkConfig::blocks)
+      .def_readonly("splits", &MoeShrinkConfig::splits)
+      .def_readonly("split_features", &MoeShrinkConfig::split_features);
+  m.def(
+      "moe_shrink_config",
+      [](int64_t num_pairs, int64_t num_groups, int64_t in_features, int matrices, int rows,
+         bool vector, int sm_count) {
+        return moe_shrink_config(
+            {num_pairs, num_groups, in_features, matrices, rows, vector, sm_count});
+      },
+      py::kw_only(), "num_pairs"_a, "num_groups"_a, "in_features"_a, "matrices"_a, "rows"_a,
+      "vector"_a, "sm_count"_a);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_testing, m) {
@@ -104,4 +130,5 @@ PYBIND11_MODULE(_testing, m) {
   bind_shrink_wgmma(m);
   bind_expand(m);
   bind_gradient(m);
+  bind_moe(m);
 }
