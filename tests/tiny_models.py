@@ -46,13 +46,15 @@ _CONFIGS = {
     "qwen3": "Qwen3Config",
     "qwen3_moe": "Qwen3MoeConfig",
     "mixtral": "MixtralConfig",
+    "gpt_oss": "GptOssConfig",
 }
 _MOE_VALUES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2},
     "mixtral": {"intermediate_size": 24, "num_local_experts": 6, "num_experts_per_tok": 2},
+    "gpt_oss": {"intermediate_size": 24, "num_local_experts": 6, "num_experts_per_tok": 2},
 }
-MOE_MODELS = list(_MOE_VALUES)
-MODELS = [kind for kind in _CONFIGS if kind not in MOE_MODELS]
+MOE_MODELS = ["qwen3_moe", "mixtral"]
+MODELS = [kind for kind in _CONFIGS if kind not in _MOE_VALUES]
 
 
 def tiny_model(
@@ -78,6 +80,10 @@ def tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model = transformers.AutoModelForCausalLM.from_config(made)
+        if kind == "gpt_oss":  # whose biases start as zeros
+            for name, parameter in model.named_parameters():
+                if "bias" in name:
+                    torch.nn.init.normal_(parameter, std=0.1)
     return model.to(device=device, dtype=dtype).eval()
 
 

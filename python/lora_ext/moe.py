@@ -90,14 +90,19 @@ def align_routing(
         buffers: hold the result; None: it is allocated.
     """
     num_tokens, top_k = topk_ids.shape
+    topk_ids = topk_ids.contiguous()
     if buffers is None:
-        size = ops.moe_routing_size(num_tokens, top_k, num_slots, num_experts)
-        routing = token_slots.new_empty(size)
-    else:
-        routing = buffers.routing_for(num_tokens, top_k, num_slots, num_experts)
+        return ops.moe_lora_align(
+            topk_ids,
+            token_slots,
+            num_slots=num_slots,
+            num_experts=num_experts,
+            expert_map=expert_map,
+        )
+    routing = buffers.routing_for(num_tokens, top_k, num_slots, num_experts)
     ops.moe_lora_align_(
         routing,
-        topk_ids.contiguous(),
+        topk_ids,
         token_slots,
         num_slots=num_slots,
         num_experts=num_experts,

@@ -117,7 +117,7 @@ def _has_grouped_mm(x: Tensor, weights: Tensor) -> bool:
     if not x.is_cuda or x.dtype != torch.bfloat16 or x.shape[0] == 0:
         return False
     # It loads 16 bytes at a time.
-    aligned = all(size % 8 == 0 for size in weights.shape[1:]) and weights.data_ptr() % 16 == 0
+    aligned = all(size % 8 == 0 for size in weights.shape[1:])
     return aligned and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
