@@ -28,7 +28,7 @@ STABLE_TORCH_LIBRARY(lora_ext, m) {
       "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor[] lora_a, Tensor[] lora_b, "
       "Tensor ranks, Tensor scalings, Tensor plan, int[] output_slices, int max_rank, "
       "Tensor? a_offsets=None, Tensor? b_offsets=None, bool batch_invariant=False, "
-      "bool? overlap=None) -> Tensor");
+      "bool overlap=False) -> Tensor");
   m.def(
       "lora_fork(Tensor x, Tensor[] lora_a, Tensor ranks, Tensor scalings, Tensor plan, "
       "int[] output_slices, int max_rank, Tensor? a_offsets=None) -> Tensor");

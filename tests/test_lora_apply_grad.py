@@ -460,7 +460,9 @@ def test_compiled_training_step(device, dynamic):
             got = torch.autograd.grad(compiled(x, batch.plan), [x, *leaves])
         want = torch.autograd.grad(loss(x, batch.plan), [x, *leaves])
         for actual, expected in zip(got, want, strict=True):
-            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+            # By norm: the compiler's products and sums have another order than eager ones, and a
+            # single element may be what is left of large ones.
+            assert (actual - expected).norm() <= 1e-5 * expected.norm()
 
 
 @on_devices

@@ -31,7 +31,7 @@ from numerics import assert_close, assert_same_bits, expected_expand, expected_s
 from test_on_device import MIXES, NUM_SLOTS, capture, no_synchronisation
 from test_plan_batch import fill
 
-WAYS = pytest.mark.parametrize("overlap", [None, False, True], ids=["auto", "behind", "beside"])
+WAYS = pytest.mark.parametrize("overlap", [False, True], ids=["behind", "beside"])
 RANKS = [16, 3, 0, 64, 8]
 
 
@@ -123,7 +123,7 @@ class Site:
 @WAYS
 @pytest.mark.parametrize("dtype", HALVES_AND_FP32, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_by_the_oracle(device: str, overlap: bool | None, dtype: torch.dtype, layout: str) -> None:
+def test_by_the_oracle(device: str, overlap: bool, dtype: torch.dtype, layout: str) -> None:
     site = Site(dtype, device)
     site.weights = site.module.weights(layout)
     slots = random_slots(45, len(RANKS), generator("slots"))
@@ -134,7 +134,7 @@ def test_by_the_oracle(device: str, overlap: bool | None, dtype: torch.dtype, la
 @on_devices
 @WAYS
 @pytest.mark.parametrize("num_tokens", [0, 1, 300, 1500])
-def test_any_number_of_tokens(device: str, overlap: bool | None, num_tokens: int) -> None:
+def test_any_number_of_tokens(device: str, overlap: bool, num_tokens: int) -> None:
     site = Site(torch.bfloat16, device, bias=False)
     slots = random_slots(num_tokens, len(RANKS), generator("many"))
     x = site.x(num_tokens)
@@ -145,7 +145,7 @@ def test_any_number_of_tokens(device: str, overlap: bool | None, num_tokens: int
 
 @on_devices
 @WAYS
-def test_leading_dimensions_are_tokens(device: str, overlap: bool | None) -> None:
+def test_leading_dimensions_are_tokens(device: str, overlap: bool) -> None:
     site = Site(torch.float32, device)
     slots = [0, 3, -1, 4, 1, 1]
     plan = make_batch(slots, len(RANKS), device).plan
@@ -163,9 +163,7 @@ def test_leading_dimensions_are_tokens(device: str, overlap: bool | None) -> Non
 
 @on_devices
 @WAYS
-def test_a_layer_without_outputs_or_slots_in_use_is_its_base(
-    device: str, overlap: bool | None
-) -> None:
+def test_a_layer_without_outputs_or_slots_in_use_is_its_base(device: str, overlap: bool) -> None:
     site = Site(torch.bfloat16, device, slices=[0], extra=40)
     x = site.x(5)
     plan = make_batch([0, 1, 2, 3, 4], len(RANKS), device).plan
@@ -177,7 +175,7 @@ def test_a_layer_without_outputs_or_slots_in_use_is_its_base(
 
 @on_devices
 @WAYS
-def test_deterministic(device: str, overlap: bool | None) -> None:
+def test_deterministic(device: str, overlap: bool) -> None:
     site = Site(torch.bfloat16, device, in_features=1024)
     x, slots = site.x(60), random_slots(60, len(RANKS), generator("same"))
     plan = make_batch(slots, len(RANKS), device).plan
@@ -242,9 +240,13 @@ def test_opcheck(device: str, layout: str) -> None:
     torch.library.opcheck(op, (x, *arguments, False, True))
     a, b, *rest, a_offsets, b_offsets = arguments[2:]
     rows = x.flatten(0, 1)
-    # Every column of the intermediate is written: all slots have the highest rank.
+    # Not its values: before the join another stream may still be writing them.
     half = torch.ops.lora_ext.lora_fork(rows, a, *rest, a_offsets)
-    torch.library.opcheck(torch.ops.lora_ext.lora_fork.default, (rows, a, *rest, a_offsets))
+    torch.library.opcheck(
+        torch.ops.lora_ext.lora_fork.default,
+        (rows, a, *rest, a_offsets),
+        test_utils=("test_schema", "test_faketensor"),
+    )
     torch.library.opcheck(
         torch.ops.lora_ext.lora_join_.default,
         (torch.zeros(4, 16, device=device), half, rows, b, *rest, b_offsets),
@@ -267,7 +269,7 @@ def test_the_operator_leaves_no_trace_of_the_base_layer_alone_in_autograd(device
 @on_devices
 @WAYS
 def test_where_gradients_are_wanted_it_is_the_differentiable_form(
-    device: str, overlap: bool | None
+    device: str, overlap: bool
 ) -> None:
     site = Site(torch.float32, device)
     slots = [0, 1, -1, 3]
@@ -302,7 +304,7 @@ def bad_calls() -> list[tuple[str, dict[str, Any], list[str]]]:
 @on_devices
 @WAYS
 @pytest.mark.parametrize("case", bad_calls(), ids=lambda case: case[0])
-def test_errors_name_the_argument(device: str, overlap: bool | None, case: Any) -> None:
+def test_errors_name_the_argument(device: str, overlap: bool, case: Any) -> None:
     module = make_module([4, 7], 24, [8, 5], torch.float32, device)
     weights = module.weights("packed")
     good = dict(

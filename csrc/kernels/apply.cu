@@ -72,8 +72,9 @@ cudaError_t launch_shrink(const ApplyParams& p, const ApplyConfig& config) {
 }
 
 template <typename T, typename Y, int kChunk>
-cudaError_t launch_expand(const ApplyParams& p, const ApplyConfig& config) {
+cudaError_t launch_expand(const ApplyParams& p, const ApplyConfig& config, bool after_shrink) {
   DecodeExpandParams d{};
+  d.after_shrink = after_shrink;
   d.batch = decode_batch(p, config);
   d.y = p.y;
   d.y_stride = p.y_stride;
@@ -94,18 +95,19 @@ cudaError_t launch_expand(const ApplyParams& p, const ApplyConfig& config) {
                        shape, p.stream, d);
 }
 
-cudaError_t apply_decode(const ApplyParams& p, const ApplyConfig& config) {
-  const cudaError_t error = dispatch_half(p.dtype, [&](auto t) {
+cudaError_t decode_shrink(const ApplyParams& p, const ApplyConfig& config) {
+  return dispatch_half(p.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     return config.blocks == 1 ? launch_shrink<T, 1>(p, config) : launch_shrink<T, 2>(p, config);
   });
-  if (error != cudaSuccess) {
-    return error;
-  }
+}
+
+cudaError_t decode_expand(const ApplyParams& p, const ApplyConfig& config, bool after_shrink) {
   return dispatch_half_output(p.dtype, p.y_dtype, [&](auto t, auto y) {
     using T = typename decltype(t)::type;
     using Y = typename decltype(y)::type;
-    return p.max_rank <= 16 ? launch_expand<T, Y, 4>(p, config) : launch_expand<T, Y, 8>(p, config);
+    return p.max_rank <= 16 ? launch_expand<T, Y, 4>(p, config, after_shrink)
+                            : launch_expand<T, Y, 8>(p, config, after_shrink);
   });
 }
 
@@ -118,18 +120,24 @@ int64_t apply_workspace(const ApplyParams& p) {
                        : p.num_tokens * columns;
 }
 
-int apply(const ApplyParams& p) {
+int apply_shrink(const ApplyParams& p) {
+  const ApplyConfig config = config_of(p);
+  return config.decode ? decode_shrink(p, config) : shrink(shrink_of(p));
+}
+
+int apply_expand(const ApplyParams& p, bool after_shrink) {
   const ApplyConfig config = config_of(p);
   if (config.decode) {
-    return apply_decode(p, config);
-  }
-  const int error = shrink(shrink_of(p));
-  if (error != 0) {
-    return error;
+    return decode_expand(p, config, after_shrink);
   }
   ExpandParams up = expand_of(p);
-  up.after_xa = p.dtype != DType::kFloat32;
+  up.after_xa = after_shrink && p.dtype != DType::kFloat32;
   return expand(up);
+}
+
+int apply(const ApplyParams& p) {
+  const int error = apply_shrink(p);
+  return error != 0 ? error : apply_expand(p, true);
 }
 
 }  // namespace lora_ext::cuda

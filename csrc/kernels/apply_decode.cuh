@@ -58,6 +58,7 @@ struct alignas(64) DecodeExpandParams {
   const int64_t* b_offsets;  // flat layout, else null
   int32_t blocks_per_tile;
   bool vector_y;
+  bool after_shrink;  // the kernel before is the shrink, which waited for all before it
   struct alignas(32) {
     const void* b;
     int64_t slot_stride, row_stride;
@@ -526,6 +527,24 @@ __device__ __forceinline__ void decode_expand_body(const DecodeExpandParams& p, 
   }
 }
 
+// To L2, as in the shrink, for a tile that may be another one by the time it is read.
+template <typename T>
+__device__ __forceinline__ void prefetch_b(const DecodeExpandParams& p, const DecodeTile& t,
+                                           int slice, int block) {
+  const auto& from = p.slices[slice];
+  if (t.slot < 0 || t.slot >= p.batch.num_slots || p.b_offsets != nullptr) {
+    return;
+  }
+  const T* b =
+      static_cast<const T*>(from.b) + t.slot * from.slot_stride + from.first_row * from.row_stride;
+  for (int i = threadIdx.x; i < kExpandColumns; i += kExpandThreads) {
+    const int row = block * kExpandColumns + i;
+    if (row < from.width && t.rank > 0) {
+      device::prefetch_l2(b + row * from.row_stride, 2 * t.rank);
+    }
+  }
+}
+
 template <typename T, typename Y, int kChunk, bool kGeneral, typename Source>
 __device__ __forceinline__ void decode_expand(const DecodeExpandParams& p, const DecodeTile& t,
                                               Source& xa, int slice, int block,
@@ -543,8 +562,6 @@ __device__ __forceinline__ void decode_expand(const DecodeExpandParams& p, const
   }
 }
 
-// Before the wait only partial products are unfinished: the shrink let this kernel start when all
-// that came before the shrink was done.
 template <typename T, typename Y, int kChunk, bool kGeneral>
 __global__ void __launch_bounds__(kExpandThreads, kChunk == 4 ? 6 : 4)
     decode_expand_kernel(const __grid_constant__ DecodeExpandParams p) {
@@ -554,7 +571,12 @@ __global__ void __launch_bounds__(kExpandThreads, kChunk == 4 ? 6 : 4)
   while (block >= p.slices[slice].blocks) {
     block -= p.slices[slice++].blocks;
   }
-  const DecodeTile t = read_tile(p.batch, tile, 0, 0);
+  DecodeTile t = read_tile(p.batch, tile, 0, 0);
+  if (!p.after_shrink) {
+    prefetch_b<T>(p, t, slice, block);
+    device::grid_dependency_wait();
+    t = read_tile(p.batch, tile, t.slot, t.start);
+  }
   if (t.slot < 0 || t.rank <= 0) {
     return;
   }

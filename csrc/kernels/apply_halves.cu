@@ -4,24 +4,20 @@
 
 namespace lora_ext::cuda {
 
-int64_t halves_workspace(const ApplyParams& p) {
-  return p.num_tokens * p.slices.count * p.max_rank;
-}
-
 int apply_fork(const ApplyParams& p) {
-  ShrinkParams down = shrink_of(p);
-  const int error = fork_stream(p.stream, &down.stream);
+  ApplyParams beside = p;
+  const int error = fork_stream(p.stream, &beside.stream);
   if (error != 0) {
     return error;
   }
-  const int launched = shrink(down);
+  const int launched = apply_shrink(beside);
   return launched == 0 ? 0 : (join_stream(p.stream), launched);
 }
 
-// Not after_xa: the kernel before this one in the stream is the base layer's, which writes y.
+// The kernel before this one in the stream is the base layer's, which writes y.
 int apply_join(const ApplyParams& p) {
   const int error = join_stream(p.stream);
-  return error == 0 ? expand(expand_of(p)) : error;
+  return error == 0 ? apply_expand(p, false) : error;
 }
 
 }  // namespace lora_ext::cuda

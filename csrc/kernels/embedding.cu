@@ -103,20 +103,7 @@ __global__ void __launch_bounds__(kExpandThreads, kChunk == 4 ? 6 : 4)
   __shared__ Column<T> columns[kTileTokens];
   const int tile = blockIdx.x / expand.blocks_per_tile, block = blockIdx.x % expand.blocks_per_tile;
   DecodeTile t = read_tile(expand.batch, tile, 0, 0);
-  if constexpr (!kGeneral) {
-    if (t.slot >= 0 && t.slot < expand.batch.num_slots) {
-      const auto& from = expand.slices[0];
-      const int row = block * kExpandColumns + 2 * threadIdx.x;
-      if (row < from.width) {
-        device::prefetch_l2(
-            static_cast<const T*>(from.b) + t.slot * from.slot_stride + row * from.row_stride,
-            2 * t.rank);
-        device::prefetch_l2(
-            static_cast<const T*>(from.b) + t.slot * from.slot_stride + (row + 1) * from.row_stride,
-            2 * t.rank);
-      }
-    }
-  }
+  prefetch_b<T>(expand, t, 0, block);
   device::grid_dependency_wait();
   device::grid_dependency_launch();
   t = read_tile(expand.batch, tile, t.slot, t.start);

@@ -13,6 +13,10 @@ int plan_batch(const PlanParams& params);
 int shrink(const ShrinkParams& params);
 int expand(const ExpandParams& params);
 int apply(const ApplyParams& params);
+// Its halves, through the workspace. after_shrink: nothing is between them in the stream, so that
+// only the workspace is yet to come when the second begins.
+int apply_shrink(const ApplyParams& params);
+int apply_expand(const ApplyParams& params, bool after_shrink);
 int64_t apply_workspace(const ApplyParams& params);  // fp32 elements
 int apply_backward(const ApplyBackwardParams& params);
 int embedding(const EmbeddingParams& params);

@@ -79,7 +79,7 @@ int64_t workspace_elements(const ApplyParams& params, const Tensor& x) {
   }
 #ifdef LORA_EXT_CUDA
   if (x.is_cuda()) {
-    return cuda::halves_workspace(params);
+    return cuda::apply_workspace(params);
   }
 #endif
   (void)x;
@@ -161,17 +161,16 @@ Tensor lora_linear(const Tensor x, const Tensor weight, const OptionalTensor bia
                    const Tensor scalings, const Tensor plan,
                    const std::vector<int64_t> output_slices, int64_t max_rank,
                    const OptionalTensor a_offsets, const OptionalTensor b_offsets,
-                   bool batch_invariant, const std::optional<bool> overlap) {
+                   bool batch_invariant, bool overlap) {
   const Tensor rows = flattened(x);
   ApplyParams params = apply_input(rows, ranks, scalings, plan, output_slices, max_rank);
   params.batch_invariant = batch_invariant;
   set_a(params, lora_a, a_offsets, rows);
   set_b(params, lora_b, b_offsets, rows);
   check_base(params, rows, weight, bias);
-  check(!(batch_invariant && overlap.value_or(false)),
+  check(!(batch_invariant && overlap),
         "overlap=True and batch_invariant=True exclude each other");
-  if (has_work(params) &&
-      overlap.value_or(x.is_cuda() && site_overlaps(params.in_features, batch_invariant))) {
+  if (has_work(params) && overlap) {
     return overlapped(params, x, rows, weight, bias);
   }
   Tensor y = base_layer(params, x, rows, weight, bias);

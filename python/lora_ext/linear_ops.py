@@ -35,7 +35,7 @@ def lora_linear(
     a_offsets: Tensor | None = None,
     b_offsets: Tensor | None = None,
     batch_invariant: bool = False,
-    overlap: bool | None = None,
+    overlap: bool = False,
 ) -> Tensor:
     """``x Wᵀ + bias`` plus the adapter of each token: x ``[..., K]`` to a new ``[..., N]``.
 
@@ -45,8 +45,8 @@ def lora_linear(
 
     Args:
         overlap: on a GPU, whether the shrink runs beside the base product, on a stream of its own
-            that starts and ends with this op; None: where it is expected to pay. It is the same in
-            eager mode and in a capture, so the bits are too. Not with ``batch_invariant``.
+            that starts and ends with this op. The fork and the join cost more than that saves
+            in the layers measured so far (docs/kernels.md). Not with ``batch_invariant``.
     """
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias, *lora_a, *lora_b)
@@ -153,7 +153,7 @@ def _(
     a_offsets: Tensor | None = None,
     b_offsets: Tensor | None = None,
     batch_invariant: bool = False,
-    overlap: bool | None = None,
+    overlap: bool = False,
 ) -> Tensor:
     y: Tensor = functional.linear(x, weight, bias)
     _ops.lora_apply_(

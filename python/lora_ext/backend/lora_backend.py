@@ -43,7 +43,7 @@ class LoRABackend(BatchPreparation):
         logprobs_chunk_size: rows of each pass where the engine calls lm_head for parts of the
             pruned rows; None: one pass.
         overlap: whether ``forward_with_base`` runs the first half of its work beside the base
-            layer, on a second stream; None: on GPUs. Not with ``batch_invariant``.
+            layer, on a second stream of the GPU. Not with ``batch_invariant``.
 
     Attributes:
         batch_info: of the batch prepared last; None: none, and layers compute their base.
@@ -71,7 +71,7 @@ class LoRABackend(BatchPreparation):
         *,
         batch_invariant: bool = False,
         logprobs_chunk_size: int | None = None,
-        overlap: bool | None = None,
+        overlap: bool = False,
     ) -> None:
         super().__init__(max_loras_per_batch, device, logprobs_chunk_size)
         self.batch_invariant = batch_invariant
@@ -298,9 +298,8 @@ class LoRABackend(BatchPreparation):
         return output
 
     def _forward_linear(self, base_fn: Callable[[], Tensor], site: Site) -> Tensor:
-        """Run a base layer and add its adapters, the first half of that beside it if it pays."""
-        beside = site.x.is_cuda if self.overlap is None else self.overlap
-        if site.is_active and beside and not self.batch_invariant:
+        """Run a base layer and add its adapters, the first half of that beside it if asked to."""
+        if site.is_active and self.overlap and not self.batch_invariant:
             return site.run_beside(base_fn)
         return self._add(base_fn(), site)
 
