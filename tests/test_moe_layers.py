@@ -544,7 +544,7 @@ def test_shared_outer_experts(tmp_path: Path) -> None:
     with torch.no_grad():
         ours = lora(ids, adapters=["a", "a"]).logits
         assert_agrees(ours, peft_model(model, directory)(ids).logits)
-    with pytest.raises(AdapterError, match="differ in [AB]"):
+    with pytest.raises(AdapterError, match=r"differ in [AB]"):
         lora.load_adapter("b", other)
 
 

@@ -168,8 +168,7 @@ Tensor lora_linear(const Tensor x, const Tensor weight, const OptionalTensor bia
   set_a(params, lora_a, a_offsets, rows);
   set_b(params, lora_b, b_offsets, rows);
   check_base(params, rows, weight, bias);
-  check(!(batch_invariant && overlap),
-        "overlap=True and batch_invariant=True exclude each other");
+  check(!(batch_invariant && overlap), "overlap=True and batch_invariant=True exclude each other");
   if (has_work(params) && overlap) {
     return overlapped(params, x, rows, weight, bias);
   }
