@@ -114,6 +114,47 @@ __device__ __forceinline__ DecodeTile read_tile(const DecodeBatch& p, int tile, 
   }
 }
 
+// The shrink's first look, which finds its tile's slot, rank and tokens with nothing to go by:
+// where the batch and the pool are small it reads all tokens and ranks beside the tiles that may be
+// its own, one round of loads in place of three. Cold, as they are behind a base layer, each would
+// take most of a microsecond. The barrier is every thread's, whatever it read.
+__device__ __forceinline__ DecodeTile find_tile(const DecodeBatch& p, int& split_shift) {
+  __shared__ int tokens[kShrinkThreads], ranks[kShrinkThreads];
+  const int thread = threadIdx.x;
+  if (p.max_tokens > kShrinkThreads || p.num_slots > kShrinkThreads) {
+    split_shift = read_split_shift(p);
+    return read_tile(p, blockIdx.x >> split_shift, 0, 0);
+  }
+  const int num_tiles = __ldcg(p.header + kNumTiles);
+  int4 candidates[SplitLimits::kCount + 1];
+#pragma unroll
+  for (int shift = 0; shift <= SplitLimits::kCount; ++shift) {
+    const int tile = min(static_cast<int>(blockIdx.x >> shift), p.tile_capacity - 1);
+    candidates[shift] = __ldcg(reinterpret_cast<const int4*>(p.tiles + tile));
+  }
+  if (thread < p.max_tokens) {
+    tokens[thread] = __ldcg(p.permutation + thread);
+  }
+  if (thread < p.num_slots) {
+    ranks[thread] = __ldcg(p.ranks + thread);
+  }
+  __syncthreads();
+  split_shift = p.split_limits.shift(num_tiles);
+  int4 raw = candidates[0];
+#pragma unroll
+  for (int shift = 1; shift <= SplitLimits::kCount; ++shift) {
+    raw = split_shift == shift ? candidates[shift] : raw;
+  }
+  if (raw.x < 0 || raw.x >= p.num_slots ||
+      static_cast<int>(blockIdx.x >> split_shift) >= p.tile_capacity) {
+    return {-1, 0, 0, 0, -1};
+  }
+  const int entry = thread % kTileTokens;
+  const int token = tokens[min(max(raw.y + entry, 0), p.max_tokens - 1)];
+  return {raw.x, raw.y, raw.z, min(ranks[raw.x], p.max_rank),
+          entry < raw.z && token < p.num_tokens ? token : -1};
+}
+
 // Values k .. k + 8 of a row, those from `end` on as 0.
 template <typename T, bool kVector>
 __device__ __forceinline__ void load_chunk(device::Chunk<T, 8>& chunk, const T* row, int k, int end,
@@ -262,8 +303,8 @@ __global__ void __launch_bounds__(kShrinkThreads, 2)
   const auto split_of = [](int shift) {
     return static_cast<int>(blockIdx.x & ((1u << shift) - 1));
   };
-  int shift = read_split_shift(p.batch);
-  DecodeTile t = read_tile(p.batch, blockIdx.x >> shift, 0, 0);
+  int shift = 0;
+  DecodeTile t = find_tile(p.batch, shift);
   if constexpr (!kGeneral) {
     if (t.slot >= 0 && t.slot < p.batch.num_slots) {
       const int steps = (p.batch.in_features + 31) / 32, split = split_of(shift);
