@@ -6,6 +6,10 @@ STABLE_TORCH_LIBRARY(lora_ext, m) {
       "plan_batch_(Tensor(a!) plan, Tensor slots, Tensor? seg_lens, Tensor? seg_indptr, "
       "int num_slots) -> ()");
   m.def(
+      "update_plan_(Tensor(a!) plan, Tensor(b!) staging, Tensor(c!) host, Tensor slots, "
+      "Tensor? seg_lens, Tensor? seg_indptr, int n, int num_slots, int max_tokens) "
+      "-> (int num_tokens, bool any_adapter)");
+  m.def(
       "lora_shrink(Tensor x, Tensor[] lora_a, Tensor ranks, Tensor scalings, Tensor plan, "
       "int num_slices, int max_rank, Tensor? a_offsets=None) -> Tensor");
   m.def(
@@ -31,11 +35,12 @@ STABLE_TORCH_LIBRARY(lora_ext, m) {
       "bool overlap=False) -> Tensor");
   m.def(
       "lora_fork(Tensor x, Tensor[] lora_a, Tensor ranks, Tensor scalings, Tensor plan, "
-      "int[] output_slices, int max_rank, Tensor? a_offsets=None) -> Tensor");
+      "int[] output_slices, int max_rank, Tensor? a_offsets=None, bool batch_invariant=False) "
+      "-> Tensor");
   m.def(
       "lora_join_(Tensor(a!) y, Tensor forked, Tensor x, Tensor[] lora_b, Tensor ranks, "
-      "Tensor scalings, Tensor plan, int[] output_slices, int max_rank, Tensor? b_offsets=None) -> "
-      "()");
+      "Tensor scalings, Tensor plan, int[] output_slices, int max_rank, Tensor? b_offsets=None, "
+      "bool batch_invariant=False) -> ()");
   m.def(
       "lora_embedding(Tensor ids, Tensor lora_a, Tensor ranks, Tensor scalings, Tensor plan, "
       "int vocab_start=0, Tensor? extra_a=None) -> Tensor");

@@ -90,6 +90,7 @@ def test_a_layer_compiles_once_for_every_batch_and_number_of_tokens(device: str)
 def test_beside_the_base_layer_or_behind_it(device: str, dtype: torch.dtype) -> None:
     """Whether the first half runs on a second stream; eager and captured."""
     layer = Layer.random(16, [48, 16, 16], dtype, device)
+    results: list[Tensor] = []
     for overlap in (True, False):
         backend = layer.backend(overlap=overlap)
         backend.init_decode_cuda_graph_batch_info(16, 1)
@@ -102,6 +103,9 @@ def test_beside_the_base_layer_or_behind_it(device: str, dtype: torch.dtype) -> 
             layer.check(layer.y, slots)
             graph = layer.y.clone()
             assert_same_bits(layer.forward(backend), graph)
+            results.append(graph)
+    for beside, behind in zip(results[:3], results[3:], strict=True):
+        assert_same_bits(beside, behind)
 
 
 @on_devices

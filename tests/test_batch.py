@@ -98,6 +98,10 @@ def test_a_new_batch_has_no_tokens(device: str) -> None:
         np.array,
         lambda values: np.array(values, np.int32),
         lambda values: np.array(values, np.int8),
+        lambda values: np.array(values, ">i4"),
+        lambda values: np.repeat(np.array(values), 2)[::2],
+        lambda values: np.frombuffer(np.array(values).tobytes(), np.int64),  # read-only
+        lambda values: torch.tensor(values).repeat_interleave(2)[::2],
         torch.tensor,
         lambda values: torch.tensor(values, dtype=torch.int32),
     ],
@@ -110,6 +114,58 @@ def test_host_input_of_any_kind(kind: Any) -> None:
     check(batch, [2, 2, 2, -1])
     batch.update(kind([0, 1, 1]))
     check(batch, [0, 1, 1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_host_input_that_is_pinned(dtype: torch.dtype) -> None:
+    batch = LoRABatch(64, NUM_SLOTS, "cuda")
+    for slots, lens in (([2, -1, 2], [3, 1, 2]), ([0, 4], [60, 4])):
+        pinned = [torch.tensor(v, dtype=dtype).pin_memory() for v in (slots, lens)]
+        batch.update(pinned[0], seg_lens=pinned[1])
+        for tensor in pinned:
+            tensor.fill_(1)  # it was read when `update` returned
+        check(batch, np.repeat(slots, lens).tolist())
+
+
+def test_the_operator_refuses_what_the_batch_never_gives_it() -> None:
+    batch = LoRABatch(64, NUM_SLOTS)
+    row, slots = batch._staging.on_device, torch.zeros(3, dtype=torch.int32)
+    before = batch.plan.clone()
+
+    def update(**changes: Any) -> object:
+        arguments = {
+            "plan": batch.plan,
+            "staging": row,
+            "host": row,
+            "slots": slots,
+            "seg_lens": None,
+            "seg_indptr": None,
+            "n": 3,
+            "num_slots": NUM_SLOTS,
+            "max_tokens": 64,
+            **changes,
+        }
+        return torch.ops.lora_ext.update_plan_(**arguments)
+
+    for changes, message in (
+        ({"slots": slots.float()}, "slots must be a contiguous 1-D int32 or int64"),
+        ({"n": 4}, "slots must be .* of at least 4"),
+        ({"n": -1}, "host is .* -1 requests"),
+        ({"host": row[:2]}, "host is .* 3 requests need int32 .3."),
+        ({"seg_lens": slots, "seg_indptr": slots}, "not both"),
+        ({"seg_indptr": slots}, "seg_indptr must be .* of at least 4"),
+        ({"num_slots": NUM_SLOTS + 1}, "plan has"),
+        ({"max_tokens": 65}, "max_tokens is 65, the plan has room for 64"),
+        ({"staging": row.clone()}, "must be the same memory"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            update(**changes)
+    for changes in ({"slots": slots - 2}, {"slots": slots + NUM_SLOTS}, {"max_tokens": 2}):
+        assert update(**changes) == (-1, False)
+    assert torch.equal(batch.plan, before)
+    assert update() == (3, True)
+    assert update(slots=slots - 1) == (3, False)
 
 
 def test_more_requests_than_room_for_tokens() -> None:
@@ -174,7 +230,7 @@ def test_update_never_waits_for_the_device() -> None:
     [
         ({"slots": [0, 5]}, r"slots\[1\] is 5, expected -1 to 4"),
         ({"slots": [-2]}, r"slots\[0\] is -2"),
-        ({"slots": [0, 1], "seg_lens": [1]}, "seg_lens has 1 entries, expected 2 for 2"),
+        ({"slots": [0, 1], "seg_lens": [1]}, "seg_lens has 1 entries, expected 2"),
         ({"slots": [0, 1], "seg_indptr": [0, 1]}, "seg_indptr has 2 entries, expected 3"),
         ({"slots": [0], "seg_indptr": [1, 2]}, "start at 0, got 1"),
         ({"slots": [0], "seg_indptr": [0, 65]}, "65 tokens, max_tokens is 64"),

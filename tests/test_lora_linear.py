@@ -86,12 +86,6 @@ class Site:
     def base(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
-    def behind(self, x: Tensor, plan: Tensor) -> Tensor:
-        """The base layer, then `lora_apply_`."""
-        y = self.base(x)
-        apply_(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self.module, self.weights, plan)
-        return y
-
     def check(self, y: Tensor, x: Tensor, slots: Sequence[int]) -> None:
         """Compare with the fp64 oracle; what has no adapter has the base layer's bits."""
         module, weights = self.module, self.weights
@@ -185,25 +179,21 @@ def test_deterministic(device: str, overlap: bool) -> None:
 
 
 @on_devices
-def test_behind_is_lora_apply_behind_the_base_layer(device: str) -> None:
-    site = Site(torch.bfloat16, device)
-    x, slots = site.x(60), random_slots(60, len(RANKS), generator("behind"))
+@WAYS
+@pytest.mark.parametrize("num_tokens", [60, 300])
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_is_lora_apply_behind_the_base_layer(
+    device: str, overlap: bool, num_tokens: int, batch_invariant: bool
+) -> None:
+    """Bit for bit, whichever stream its first half runs on."""
+    site = Site(torch.bfloat16, device, in_features=1024)
+    x = site.x(num_tokens)
+    slots = random_slots(num_tokens, len(RANKS), generator("behind"))
     plan = make_batch(slots, len(RANKS), device).plan
-    want = site.behind(x, plan)
-    assert_same_bits(site(x, plan, overlap=False), want)
-    if device == "cpu":
-        assert_same_bits(site(x, plan, overlap=True), want)
-
-
-@on_devices
-def test_batch_invariant(device: str) -> None:
-    site = Site(torch.bfloat16, device)
-    x, plan = site.x(60), make_batch([0, 1, 3] * 20, len(RANKS), device).plan
     want = site.base(x)
-    apply_(want, x, site.module, site.weights, plan, batch_invariant=True)
-    assert_same_bits(site(x, plan, batch_invariant=True), want)
-    with pytest.raises(RuntimeError, match="overlap=True and batch_invariant=True"):
-        site(x, plan, batch_invariant=True, overlap=True)
+    apply_(want, x, site.module, site.weights, plan, batch_invariant=batch_invariant)
+    y = site(x, plan, overlap=overlap, batch_invariant=batch_invariant)
+    assert_same_bits(y, want)
 
 
 @on_devices
@@ -276,7 +266,7 @@ def test_where_gradients_are_wanted_it_is_the_differentiable_form(
     plan = make_batch(slots, len(RANKS), device).plan
     x = site.x(4)
     with torch.no_grad():
-        want = site.behind(x, plan)
+        want = site(x, plan, overlap=overlap)
     x.requires_grad_()
     y = site(x, plan, overlap=overlap)
     assert y.requires_grad

@@ -99,8 +99,9 @@ Tensor fork(const char* op, ApplyParams& params, const Tensor& x) {
 
 Tensor lora_fork(const Tensor x, const Tensors lora_a, const Tensor ranks, const Tensor scalings,
                  const Tensor plan, const std::vector<int64_t> output_slices, int64_t max_rank,
-                 const OptionalTensor a_offsets) {
+                 const OptionalTensor a_offsets, bool batch_invariant) {
   ApplyParams params = apply_input(x, ranks, scalings, plan, output_slices, max_rank);
+  params.batch_invariant = batch_invariant;
   set_a(params, lora_a, a_offsets, x);
   return fork("lora_fork", params, x);
 }
@@ -108,8 +109,9 @@ Tensor lora_fork(const Tensor x, const Tensors lora_a, const Tensor ranks, const
 void lora_join_(const Tensor y, const Tensor forked, const Tensor x, const Tensors lora_b,
                 const Tensor ranks, const Tensor scalings, const Tensor plan,
                 const std::vector<int64_t> output_slices, int64_t max_rank,
-                const OptionalTensor b_offsets) {
+                const OptionalTensor b_offsets, bool batch_invariant) {
   ApplyParams params = apply_input(x, ranks, scalings, plan, output_slices, max_rank);
+  params.batch_invariant = batch_invariant;
   set_b(params, lora_b, b_offsets, x);
   set_y(params, "y", y, x);
   params.y = y.mutable_data_ptr();
@@ -168,7 +170,6 @@ Tensor lora_linear(const Tensor x, const Tensor weight, const OptionalTensor bia
   set_a(params, lora_a, a_offsets, rows);
   set_b(params, lora_b, b_offsets, rows);
   check_base(params, rows, weight, bias);
-  check(!(batch_invariant && overlap), "overlap=True and batch_invariant=True exclude each other");
   if (has_work(params) && overlap) {
     return overlapped(params, x, rows, weight, bias);
   }

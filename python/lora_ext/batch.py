@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from . import ops
-from ._staging import Request, Staging
+from ._host_input import HostInput, HostInts, check_room, check_slots, refuse, without_empty
+from ._staging import Staging
 
-Int32Array: TypeAlias = "npt.NDArray[np.int32]"
-# Whole numbers on the host: one per request, or per token. Device tensors are passed beside it.
-HostInts: TypeAlias = "Sequence[int] | npt.NDArray[Any]"
+_update_plan_ = torch.ops.lora_ext.update_plan_.default
 
 
 class PlanLayout(NamedTuple):
@@ -105,8 +100,9 @@ class LoRABatch:
             )
         self.device = self.plan.device
         self._layout = PlanLayout.of(ops.round_up_tokens(max_tokens), num_slots)
-        self._staging = Staging(self._layout.max_tokens, self.device)
-        self._submit(self._staging.request(0, False))
+        self._host_input = HostInput()
+        self._staging = Staging(2 * self._layout.max_tokens + 1, self.device)
+        self.update([])
 
     @classmethod
     def for_cuda_graph(
@@ -117,9 +113,9 @@ class LoRABatch:
 
     def update(
         self,
-        slots: HostInts | Tensor,
-        seg_lens: HostInts | Tensor | None = None,
-        seg_indptr: HostInts | Tensor | None = None,
+        slots: HostInts,
+        seg_lens: HostInts | None = None,
+        seg_indptr: HostInts | None = None,
     ) -> None:
         """Put another batch into the plan.
 
@@ -143,23 +139,40 @@ class LoRABatch:
                 raise ValueError("slots and segments must be all on the host or all on the device")
             self._update_on_device(slots, seg_lens, seg_indptr)
             return
-        n = len(slots)
+        self._update_from_host(slots, seg_lens, seg_indptr)
+
+    def _update_from_host(
+        self, slots: HostInts, seg_lens: HostInts | None, seg_indptr: HostInts | None
+    ) -> None:
+        """Check, stage, copy and plan in one call of the operator; the host's time counts here."""
+        num_requests = n = len(slots)
         if n > self._layout.max_tokens:
-            slots, seg_lens = self._without_empty(slots, seg_lens, seg_indptr)
+            if seg_lens is None and seg_indptr is None:
+                check_room(n, self.max_tokens)
+            check_slots(slots, self.num_slots)
+            slots, seg_lens = without_empty(slots, seg_lens, seg_indptr)
             seg_indptr = None
-        request = self._staging.request(len(slots), segments is not None)
-        _fill("slots", slots, request.slots, request)
-        num_tokens = request.n
-        if seg_lens is not None:
-            num_tokens = self._scan_lens(seg_lens, request)
-        elif seg_indptr is not None:
-            num_tokens = self._check_indptr(seg_indptr, request)
-        self._check_room(num_tokens)
-        has_slot = self._check_slots(request)
-        self._submit(request)
-        self.num_requests = n
+            n = len(slots)
+            check_room(n, self.max_tokens)
+        tensor = self._host_input.tensor
+        num_tokens, any_adapter = _update_plan_(
+            self.plan,
+            self._staging.on_device,
+            self._staging.row(),
+            tensor("slots", slots, n),
+            None if seg_lens is None else tensor("seg_lens", seg_lens, n),
+            None if seg_indptr is None else tensor("seg_indptr", seg_indptr, n + 1),
+            n,
+            self.num_slots,
+            self.max_tokens,
+        )
+        if num_tokens < 0:
+            refuse(slots, seg_lens, seg_indptr, self.num_slots, self.max_tokens)
+        self._staging.sent()
+        torch.autograd.graph.increment_version(self.plan)  # as ops.plan_batch_ does
+        self.num_requests = num_requests
         self.num_tokens = num_tokens
-        self.has_active_lora = has_slot and num_tokens > 0
+        self.has_active_lora = any_adapter
 
     def _update_on_device(self, slots: Any, seg_lens: Any, seg_indptr: Any) -> None:
         ops.plan_batch_(self.plan, slots, seg_lens, seg_indptr, num_slots=self.num_slots)
@@ -167,77 +180,6 @@ class LoRABatch:
         self.num_requests = slots.numel()
         self.num_tokens = slots.numel() if per_token else None
         self.has_active_lora = True
-
-    def _submit(self, request: Request) -> None:
-        """Copy checked host input to the device, in one piece, and launch the planner."""
-        slots, indptr = self._staging.submit(request)
-        ops.plan_batch_(self.plan, slots, None, indptr, num_slots=self.num_slots)
-
-    def _check_slots(self, request: Request) -> bool:
-        """Whether some slot is >= 0; raises for one outside ``[-1, num_slots)``."""
-        if request.n == 0:
-            return False
-        np.add(request.slots, 1, out=request.scratch)
-        highest = int(request.unsigned_scratch.max())
-        if highest > self.num_slots:
-            _check_range(request.slots, self.num_slots)
-        return highest > 0
-
-    def _check_room(self, num_tokens: int) -> None:
-        if num_tokens > self.max_tokens:
-            raise ValueError(f"the batch has {num_tokens} tokens, max_tokens is {self.max_tokens}")
-
-    def _scan_lens(self, seg_lens: HostInts | Tensor, request: Request) -> int:
-        """Turn checked lengths into the request's indptr; returns the number of tokens."""
-        lens = request.scratch
-        _fill("seg_lens", seg_lens, lens, request)
-        request.indptr[0] = 0
-        if request.n == 0:
-            return 0
-        if int(request.unsigned_scratch.max()) * request.n >= 2**31:  # perhaps too many for int32
-            _check_lens(lens)
-            self._check_room(int(lens.sum(dtype=np.int64)))
-        np.add.accumulate(lens, out=request.ends)
-        return int(request.ends[-1])
-
-    def _check_indptr(self, seg_indptr: HostInts | Tensor, request: Request) -> int:
-        """Check the request's indptr; returns the number of tokens."""
-        indptr = request.indptr
-        _fill("seg_indptr", seg_indptr, indptr, request)
-        if indptr[0] != 0:
-            raise ValueError(f"seg_indptr must start at 0, got {indptr[0]}")
-        if request.n and int(request.unsigned_indptr.max()) > self.max_tokens:
-            _check_lens(np.diff(indptr.astype(np.int64)))
-            self._check_room(int(indptr[-1]))
-        np.subtract(indptr[1:], indptr[:-1], out=request.scratch)
-        _check_lens(request.scratch)
-        return int(indptr[-1])
-
-    def _without_empty(
-        self,
-        slots: HostInts | Tensor,
-        seg_lens: HostInts | Tensor | None,
-        seg_indptr: HostInts | Tensor | None,
-    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        """Drop requests without tokens from a batch that has more requests than room for tokens."""
-        if seg_lens is None and seg_indptr is None:
-            self._check_room(len(slots))
-        slot_array = _as_array("slots", slots)
-        if seg_lens is not None:
-            lens = _as_array("seg_lens", seg_lens)
-        else:
-            assert seg_indptr is not None
-            lens = np.diff(_as_array("seg_indptr", seg_indptr), prepend=0)
-            if len(lens) == 0 or lens[0] != 0:
-                raise ValueError("seg_indptr must start at 0")
-            lens = lens[1:]
-        if len(lens) != len(slot_array):
-            raise ValueError(f"there are {len(lens)} segments for {len(slot_array)} slots")
-        _check_range(slot_array, self.num_slots)
-        _check_lens(lens)
-        self._check_room(int(lens.sum()))
-        kept = np.flatnonzero(lens)
-        return slot_array[kept], lens[kept]
 
     # ---- what the plan holds: views of it, of fixed address
 
@@ -300,51 +242,6 @@ def _on_device(values: object) -> bool:
     return isinstance(values, Tensor) and not values.is_cpu
 
 
-def _check_range(slots: npt.NDArray[Any], num_slots: int) -> None:
-    bad = np.flatnonzero((slots < -1) | (slots >= num_slots))
-    if len(bad):
-        raise ValueError(f"slots[{bad[0]}] is {slots[bad[0]]}, expected -1 to {num_slots - 1}")
-
-
-def _check_lens(lens: npt.NDArray[Any]) -> None:
-    if len(lens) and lens.min() < 0:
-        bad = int(np.flatnonzero(lens < 0)[0])
-        raise ValueError(f"segment {bad} has {lens[bad]} tokens")
-
-
-def _fill(name: str, values: HostInts | Tensor, out: Int32Array, request: Request) -> None:
-    """Write host input into ``out`` as int32, without a Python loop over its elements."""
-    if len(values) != len(out):
-        raise ValueError(
-            f"{name} has {len(values)} entries, expected {len(out)} for {request.n} slots"
-        )
-    if isinstance(values, Tensor):
-        values = values.numpy()
-    if isinstance(values, np.ndarray):
-        if values.ndim != 1 or values.dtype != np.int32:
-            _check_array(name, values)
-        out[:] = values
-        return
-    packer = request.packer if len(out) == request.n else struct.Struct(f"{len(out)}i")
-    try:
-        packer.pack_into(out.data, 0, *values)
-    except (TypeError, struct.error) as error:
-        raise ValueError(f"{name} must hold whole numbers that fit int32: {error}") from error
-
-
-def _as_array(name: str, values: HostInts | Tensor) -> npt.NDArray[Any]:
-    """Return host input as a 1-D int64 array."""
-    array = np.asarray(values)
-    _check_array(name, array)
-    return array.astype(np.int64)
-
-
-def _check_array(name: str, values: npt.NDArray[Any]) -> None:
-    if values.ndim != 1 or values.dtype.kind not in "iu":
-        raise ValueError(
-            f"{name} must be 1-D and of an integer dtype, got {values.dtype} {values.shape}"
-        )
-    if len(values) and (int(values.min()) < -(2**31) or int(values.max()) >= 2**31):
-        raise ValueError(
-            f"{name} has values from {values.min()} to {values.max()}, which do not fit int32"
-        )
+@torch.library.register_fake("lora_ext::update_plan_")
+def _(*args: object) -> tuple[int, bool]:
+    raise RuntimeError("LoRABatch.update reads host memory: call it outside of compiled programs")

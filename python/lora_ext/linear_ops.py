@@ -45,8 +45,8 @@ def lora_linear(
 
     Args:
         overlap: on a GPU, whether the shrink runs beside the base product, on a stream of its own
-            that starts and ends with this op. The fork and the join cost more than that saves
-            in the layers measured so far (docs/kernels.md). Not with ``batch_invariant``.
+            that starts and ends with this op. The bits are the same. The fork and the join cost
+            more than that saves in the layers measured so far (docs/kernels.md).
     """
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias, *lora_a, *lora_b)
@@ -96,6 +96,7 @@ def lora_fork(
     output_slices: Sequence[int],
     max_rank: int,
     a_offsets: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Start the first half of an apply on a second stream, beside what is queued next.
 
@@ -122,6 +123,7 @@ def lora_join_(
     output_slices: Sequence[int],
     max_rank: int,
     b_offsets: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> None:
     """Wait, on the device, for what :func:`lora_fork` started, and add it to ``y [T, >= sum N_i]``.
 
@@ -132,7 +134,19 @@ def lora_join_(
             "lora_join_ writes in place and is for inference, but an argument requires grad; "
             "use lora_ext.ops.lora_apply, which is functional, or run under torch.no_grad()"
         )
-    _lora_join_(y, forked, x, lora_b, ranks, scalings, plan, output_slices, max_rank, b_offsets)
+    _lora_join_(
+        y,
+        forked,
+        x,
+        lora_b,
+        ranks,
+        scalings,
+        plan,
+        output_slices,
+        max_rank,
+        b_offsets,
+        batch_invariant,
+    )
 
 
 # ---- fake implementations: the checks are those of lora_apply_'s
@@ -183,6 +197,7 @@ def _(
     output_slices: Sequence[int],
     max_rank: int,
     a_offsets: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     num_slices = len(output_slices)
     _ops.lora_shrink(x, lora_a, ranks, scalings, plan, num_slices, max_rank, a_offsets)
@@ -202,6 +217,7 @@ def _(
     output_slices: Sequence[int],
     max_rank: int,
     b_offsets: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> None:
     xa = y.new_empty((y.shape[0], len(output_slices) * max_rank), dtype=forked.dtype)
     _ops.lora_expand_(y, xa, lora_b, ranks, plan, output_slices, max_rank, b_offsets)

@@ -43,11 +43,14 @@ class SlotTable:
 
     def __init__(self, num_slots: int, device: torch.device) -> None:
         self._num_slots = num_slots
-        self._staging = Staging(num_slots, device)
+        self._staging = Staging(2 * num_slots, device)
         self._ranks = [0] * num_slots
         self._scalings: list[float] = [0.0] * num_slots
         self.active: frozenset[int] = frozenset()
-        self.lora_ranks, self.scalings = self._submit()
+        values = self._staging.on_device
+        self.lora_ranks = values[:num_slots]
+        self.scalings = values[num_slots:].view(torch.float32)
+        self._submit()
 
     def check(self, ranks: Sequence[int], scalings: Sequence[float]) -> None:
         """Raise ValueError for what ``write`` must not get."""
@@ -68,14 +71,12 @@ class SlotTable:
         self.active = frozenset(slot for slot, rank in enumerate(new_ranks) if rank > 0)
         self._submit()
 
-    def _submit(self) -> tuple[Tensor, Tensor]:
-        n = self._num_slots
-        request = self._staging.request(n, True)
-        request.slots[:] = self._ranks
-        request.indptr[:n] = np.asarray(self._scalings, np.float32).view(np.int32)
-        lora_ranks, bits = self._staging.submit(request)
-        assert bits is not None
-        return lora_ranks, bits[:n].view(torch.float32)
+    def _submit(self) -> None:
+        scalings = np.asarray(self._scalings, np.float32)
+        row = self._staging.row().numpy()
+        row[: self._num_slots] = self._ranks
+        row[self._num_slots :] = scalings.view(np.int32)
+        self._staging.send()
 
 
 class LoRABatchInfo:

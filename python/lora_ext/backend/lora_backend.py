@@ -43,7 +43,7 @@ class LoRABackend(BatchPreparation):
         logprobs_chunk_size: rows of each pass where the engine calls lm_head for parts of the
             pruned rows; None: one pass.
         overlap: whether ``forward_with_base`` runs the first half of its work beside the base
-            layer, on a second stream of the GPU. Not with ``batch_invariant``.
+            layer, on a second stream of the GPU. The bits are the same.
 
     Attributes:
         batch_info: of the batch prepared last; None: none, and layers compute their base.
@@ -299,8 +299,8 @@ class LoRABackend(BatchPreparation):
 
     def _forward_linear(self, base_fn: Callable[[], Tensor], site: Site) -> Tensor:
         """Run a base layer and add its adapters, the first half of that beside it if asked to."""
-        if site.is_active and self.overlap and not self.batch_invariant:
-            return site.run_beside(base_fn)
+        if site.is_active and self.overlap:
+            return site.run_beside(base_fn, batch_invariant=self.batch_invariant)
         return self._add(base_fn(), site)
 
     def _site(

@@ -50,12 +50,17 @@ class Site(NamedTuple):
             batch_invariant=batch_invariant,
         )
 
-    def run_beside(self, base_fn: Callable[[], Tensor]) -> Tensor:
+    def run_beside(self, base_fn: Callable[[], Tensor], *, batch_invariant: bool) -> Tensor:
         """Run the base layer with the shrink beside it, and expand into its result."""
         rest = (self.info.lora_ranks, self.info.scalings, self.info.plan)
         max_rank = self.lora_b.shape[-1]
         forked = ops.lora_fork(
-            self.x, [self.lora_a], *rest, output_slices=self.widths, max_rank=max_rank
+            self.x,
+            [self.lora_a],
+            *rest,
+            output_slices=self.widths,
+            max_rank=max_rank,
+            batch_invariant=batch_invariant,
         )
         try:
             output = base_fn()
@@ -72,5 +77,6 @@ class Site(NamedTuple):
             *rest,
             output_slices=self.widths,
             max_rank=max_rank,
+            batch_invariant=batch_invariant,
         )
         return output

@@ -1,0 +1,154 @@
+"""Whole numbers that a caller has on the host: as tensors for the operator, or refused by name."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NoReturn, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+# One per request, or per token.
+HostInts: TypeAlias = "Sequence[int] | npt.NDArray[Any] | Tensor"
+_Int64Array: TypeAlias = "npt.NDArray[np.int64]"
+
+_TAKEN_AS_THEY_ARE = (torch.int32, torch.int64)
+_ARRAYS_TAKEN_AS_THEY_ARE = (np.dtype(np.int32), np.dtype(np.int64))
+
+
+@lru_cache(maxsize=256)
+def _int32s(count: int) -> struct.Struct:
+    return struct.Struct(f"{count}i")
+
+
+class HostInput:
+    """Brings host input to int32 or int64 tensors, without a Python loop over its elements.
+
+    Arrays and tensors of those dtypes are used where they are, lists are packed into memory that is
+    kept: what ``tensor`` returns holds until its next call for the same ``name``.
+    """
+
+    def __init__(self) -> None:
+        self._packed: dict[str, tuple[Tensor, memoryview]] = {}
+
+    def tensor(self, name: str, values: HostInts, count: int) -> Tensor:
+        """Return a contiguous 1-D tensor whose first ``count`` elements are the values.
+
+        Raises:
+            ValueError: they are not ``count`` whole numbers that fit int32 (of arrays and tensors,
+                what they hold is not looked at).
+        """
+        if len(values) != count:
+            raise ValueError(f"{name} has {len(values)} entries, expected {count}")
+        if isinstance(values, np.ndarray):
+            if (
+                values.dtype in _ARRAYS_TAKEN_AS_THEY_ARE
+                and values.ndim == 1
+                and values.flags.c_contiguous
+                and values.flags.writeable  # torch warns of others, though nothing is written
+            ):
+                return torch.from_numpy(values)
+        elif isinstance(values, Tensor):
+            if values.dtype in _TAKEN_AS_THEY_ARE and values.dim() == 1 and values.is_contiguous():
+                return values
+        else:
+            return self._pack(name, values, count)
+        return torch.from_numpy(_as_array(name, values))
+
+    def _pack(self, name: str, values: Sequence[int], count: int) -> Tensor:
+        packed, memory = self._packed.get(name, (None, None))
+        if packed is None or memory is None or packed.numel() < count:
+            packed = torch.empty(max(64, 2 * count), dtype=torch.int32)
+            memory = packed.numpy().data
+            self._packed[name] = packed, memory
+        try:
+            _int32s(count).pack_into(memory, 0, *values)
+        except (TypeError, struct.error) as error:
+            raise ValueError(f"{name} must hold whole numbers that fit int32: {error}") from error
+        return packed
+
+
+def without_empty(
+    slots: HostInts, seg_lens: HostInts | None, seg_indptr: HostInts | None
+) -> tuple[_Int64Array, _Int64Array]:
+    """Return the slots and lengths of the requests that have tokens.
+
+    Raises:
+        ValueError: lengths that are negative, or as many as there are no slots.
+    """
+    slot_array = _as_array("slots", slots)
+    lens = _lengths(len(slot_array), seg_lens, seg_indptr)
+    kept = np.flatnonzero(lens)
+    return slot_array[kept], lens[kept]
+
+
+def refuse(
+    slots: HostInts,
+    seg_lens: HostInts | None,
+    seg_indptr: HostInts | None,
+    num_slots: int,
+    max_tokens: int,
+) -> NoReturn:
+    """Say what is wrong with a batch that the operator refused.
+
+    Raises:
+        ValueError: always.
+    """
+    num_tokens = len(slots)
+    if seg_lens is not None or seg_indptr is not None:
+        num_tokens = int(_lengths(num_tokens, seg_lens, seg_indptr).sum())
+    check_room(num_tokens, max_tokens)
+    check_slots(slots, num_slots)
+    raise ValueError("the batch was refused")
+
+
+def check_room(num_tokens: int, max_tokens: int) -> None:
+    """Raise ValueError for more tokens than there is room for."""
+    if num_tokens > max_tokens:
+        raise ValueError(f"the batch has {num_tokens} tokens, max_tokens is {max_tokens}")
+
+
+def check_slots(slots: HostInts, num_slots: int) -> None:
+    """Raise ValueError for a slot outside ``[-1, num_slots)``."""
+    array = _as_array("slots", slots)
+    bad = np.flatnonzero((array < -1) | (array >= num_slots))
+    if len(bad):
+        raise ValueError(f"slots[{bad[0]}] is {array[bad[0]]}, expected -1 to {num_slots - 1}")
+
+
+def _lengths(
+    num_requests: int, seg_lens: HostInts | None, seg_indptr: HostInts | None
+) -> _Int64Array:
+    """Return the checked length of each segment."""
+    if seg_lens is not None:
+        lens = _as_array("seg_lens", seg_lens)
+    else:
+        assert seg_indptr is not None
+        indptr = _as_array("seg_indptr", seg_indptr)
+        if len(indptr) == 0 or indptr[0] != 0:
+            start = indptr[0] if len(indptr) else "nothing"
+            raise ValueError(f"seg_indptr must start at 0, got {start}")
+        lens = np.diff(indptr)
+    if len(lens) != num_requests:
+        raise ValueError(f"there are {len(lens)} segments for {num_requests} slots")
+    if len(lens) and lens.min() < 0:
+        bad = int(np.flatnonzero(lens < 0)[0])
+        raise ValueError(f"segment {bad} has {lens[bad]} tokens")
+    return lens
+
+
+def _as_array(name: str, values: HostInts) -> _Int64Array:
+    array = np.asarray(values)
+    if array.ndim != 1 or (array.dtype.kind not in "iu" and len(array)):
+        raise ValueError(
+            f"{name} must be 1-D and of an integer dtype, got {array.dtype} {array.shape}"
+        )
+    if len(array) and (int(array.min()) < -(2**31) or int(array.max()) >= 2**31):
+        raise ValueError(
+            f"{name} has values from {array.min()} to {array.max()}, which do not fit int32"
+        )
+    return array.astype(np.int64)
