@@ -94,8 +94,8 @@ def of_parameter(lora_a: Tensor, lora_b: Tensor, rank: int) -> tuple[Tensor, Ten
 def of_experts(sides: Sequence[tuple[Tensor, Tensor, float]]) -> ExpertStack:
     """Stack the adapters (A ``[r, K]``, B ``[N, r]``, scaling) of single experts.
 
-    Ranks may differ: a smaller one is filled up with zeros. So may scalings: B then carries what
-    its own has over the common one.
+    Ranks may differ: smaller ones are filled up with zeros. So may scalings: the largest counts,
+    and B takes the difference.
 
     Raises:
         ValueError: sizes other than ranks differ.
@@ -103,9 +103,9 @@ def of_experts(sides: Sequence[tuple[Tensor, Tensor, float]]) -> ExpertStack:
     _equal_among("K", [lora_a.shape[-1] for lora_a, _, _ in sides])
     _equal_among("N", [lora_b.shape[-2] for _, lora_b, _ in sides])
     rank = max(lora_a.shape[0] for lora_a, _, _ in sides)
-    scaling = sides[0][2]
-    all_a = [pad_rank(lora_a, rank, 0) for lora_a, _, _ in sides]
-    all_b = [pad_rank(rescale(lora_b, own, scaling), rank, 1) for _, lora_b, own in sides]
+    scaling = max((own for _, _, own in sides), key=abs)
+    all_a = [_pad_rank(lora_a, rank, 0) for lora_a, _, _ in sides]
+    all_b = [_pad_rank(_rescale(lora_b, own, scaling), rank, 1) for _, lora_b, own in sides]
     return ExpertStack(_stack(all_a), _stack(all_b), scaling)
 
 
@@ -116,7 +116,7 @@ def shared(stack: Tensor) -> Tensor:
     return stack
 
 
-def pad_rank(side: Tensor, rank: int, dim: int) -> Tensor:
+def _pad_rank(side: Tensor, rank: int, dim: int) -> Tensor:
     """Fill the dimension of ranks up with zeros."""
     missing = rank - side.shape[dim]
     if not missing:
@@ -126,12 +126,10 @@ def pad_rank(side: Tensor, rank: int, dim: int) -> Tensor:
     return torch.cat([side, side.new_zeros(shape)], dim)
 
 
-def rescale(lora_b: Tensor, own: float, common: float) -> Tensor:
+def _rescale(lora_b: Tensor, own: float, common: float) -> Tensor:
     """Return B for a common scaling: as it is where that is its own."""
     if own == common:
         return lora_b
-    if common == 0.0:
-        raise ValueError(f"some of its scalings are 0 and others are not ({own})")
     return (lora_b.double() * (own / common)).to(lora_b.dtype)
 
 
