@@ -1,5 +1,6 @@
 // lora_apply_: the decode kernels for few tokens, else the wide shrink and expand.
-#include "kernels/apply_decode.cuh"
+#include "kernels/decode_expand.cuh"
+#include "kernels/decode_shrink.cuh"
 #include "kernels/kernels.h"
 #include "kernels/launch.cuh"
 

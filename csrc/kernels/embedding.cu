@@ -10,7 +10,7 @@
 
 #include "common/ptx.cuh"
 #include "common/vec.cuh"
-#include "kernels/apply_decode.cuh"
+#include "kernels/decode_expand.cuh"
 #include "kernels/kernels.h"
 #include "kernels/launch.cuh"
 

@@ -1,0 +1,327 @@
+// The decode expand: a CTA serves a tile and 256 columns of y (see decode_tile.cuh). Also with
+// another source of xa than a shrink: an embedding's gather.
+#pragma once
+
+#include "common/ptx.cuh"
+#include "common/vec.cuh"
+#include "kernels/decode_tile.cuh"
+#include "kernels/launch.cuh"
+
+namespace lora_ext::cuda {
+
+constexpr int kExpandWarps = 4;
+constexpr int kExpandThreads = 32 * kExpandWarps;
+// Columns of y that a warp updates: 8 lanes of 16 bytes for each token.
+constexpr int kUnitColumns = 64;
+constexpr int kExpandColumns = kExpandWarps * kUnitColumns;
+
+struct alignas(64) DecodeExpandParams {
+  DecodeBatch batch;
+  void* y;
+  int64_t y_stride;
+  const int64_t* b_offsets;  // flat layout, else null
+  int32_t blocks_per_tile;
+  bool vector_y;
+  bool after_shrink;  // the kernel before is the shrink, which waited for all before it
+  struct alignas(32) {
+    const void* b;
+    int64_t slot_stride, row_stride;
+    int32_t first_column, width, first_row, blocks;
+  } slices[kMaxSlices];
+};
+
+// Slice i of `b`, with y's pointer and stride already in `p`.
+inline void add_slice(DecodeExpandParams& p, const Factor& b, const Slices& slices, int i) {
+  auto& slice = p.slices[i];
+  slice.b = b.base[i];
+  slice.slot_stride = b.slot_stride[i];
+  slice.row_stride = b.row_stride[i];
+  slice.first_column = slices.offset[i];
+  slice.width = slices.offset[i + 1] - slices.offset[i];
+  slice.first_row = static_cast<int32_t>(b.first_row[i]);
+  slice.blocks = (slice.width + kExpandColumns - 1) / kExpandColumns;
+  p.blocks_per_tile += slice.blocks;
+  p.vector_y = (i == 0 ? is_multiple(p.y, p.y_stride, 8, 16) : p.vector_y) &&
+               slice.first_column % 8 == 0 && slice.width % 8 == 0;
+}
+
+template <typename Y, int kChunk>
+struct DecodeExpandTraits {
+  static constexpr int kSpan = 4 * kChunk;  // ranks of one step
+  // Steps in shared memory: one in use, one on its way; pools of rank up to 16 have only one.
+  static constexpr int kStages = kChunk == 4 ? 1 : 2;
+  static constexpr int kStageBytes = kExpandThreads * 8 * kChunk * 2;
+  static constexpr int kOutputBytes =
+      kExpandThreads * (kTileTokens / 4) * 8 * static_cast<int>(sizeof(Y));
+  static constexpr int kHeaderBytes = kTileTokens * 4;  // fp16: bits of each token's largest |xa|
+  LORA_EXT_HOST_DEVICE static int xa_stride(int max_rank) {
+    return (max_rank + kSpan - 1) / kSpan * kSpan + 8;
+  }
+  LORA_EXT_HOST_DEVICE static int shared_bytes(int max_rank) {
+    return kHeaderBytes + kStages * kStageBytes + kOutputBytes +
+           2 * kTileTokens * xa_stride(max_rank) * 2;
+  }
+};
+
+// Where the expand has xa from: the partial products of a shrink, all that was yet to come when the
+// kernel began.
+struct PartialProducts {
+  const float* first;  // [splits][...][rank][16 tokens]
+  int stride;          // between splits
+  int splits;
+  const float* scaling_at;
+  float scaling;
+
+  __device__ __forceinline__ PartialProducts(const DecodeBatch& p, const DecodeTile& t, int tile,
+                                             int slice)
+      : stride(p.num_slices * p.max_rank * kTileTokens),
+        splits(1 << read_split_shift(p)),
+        scaling_at(p.scalings + t.slot) {
+    first = p.partial + int64_t{tile} * splits * stride + slice * t.rank * kTileTokens;
+  }
+
+  __device__ __forceinline__ void wait() {
+    device::grid_dependency_launch();
+    device::grid_dependency_wait();
+    scaling = __ldcg(scaling_at);
+  }
+  // Four tokens, from `token` on, of rank `row`.
+  __device__ __forceinline__ float4 quad(int row, int token) const {
+    float4 sum = make_float4(0, 0, 0, 0);
+    const float* from = first + row * kTileTokens + token;
+#pragma unroll 8
+    for (int c = 0; c < splits; ++c) {
+      const float4 next = __ldcg(reinterpret_cast<const float4*>(from));
+      sum.x += next.x, sum.y += next.y, sum.z += next.z, sum.w += next.w;
+      from += stride;
+    }
+    return make_float4(sum.x * scaling, sum.y * scaling, sum.z * scaling, sum.w * scaling);
+  }
+};
+
+template <typename T, typename Y, int kChunk, bool kVector, typename Source>
+__device__ __forceinline__ void decode_expand_body(const DecodeExpandParams& p, const DecodeTile& t,
+                                                   Source& xa, int slice, int block, const T* b,
+                                                   int64_t b_stride, unsigned char* shared) {
+  using Traits = DecodeExpandTraits<Y, kChunk>;
+  constexpr int kSpan = Traits::kSpan, kStages = Traits::kStages;
+  constexpr int kQuads = kTileTokens / 4;
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4,
+            q = lane % 4;
+  const int rank = t.rank, width = p.slices[slice].width;
+  const int xa_stride = Traits::xa_stride(p.batch.max_rank);
+  int* token_max = reinterpret_cast<int*>(shared);
+  T* staged_b = reinterpret_cast<T*>(shared + Traits::kHeaderBytes) + thread * kChunk;
+  Y* staged_y =
+      reinterpret_cast<Y*>(shared + Traits::kHeaderBytes + kStages * Traits::kStageBytes) +
+      thread * 8;
+  T* xa_high = reinterpret_cast<T*>(shared + Traits::kHeaderBytes + kStages * Traits::kStageBytes +
+                                    Traits::kOutputBytes);  // [16][xa_stride]
+  T* xa_low = xa_high + kTileTokens * xa_stride;
+
+  // Row m of the mma's 16 weight rows stands for column 8 g + i of the unit, so that a lane's
+  // results of the four row blocks are eight neighbours in y.
+  const int column = (block * kExpandWarps + warp) * kUnitColumns + 8 * g;
+  const T* b_column = b + column * b_stride + q * kChunk;
+  const auto stage_b = [&](int j) {
+    const int valid = min(max(rank - j - q * kChunk, 0), kChunk);
+    T* to = staged_b + j / kSpan % kStages * 8 * kExpandThreads * kChunk;
+    const T* row = b_column + j;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if constexpr (kVector) {  // columns come in whole eights
+        if (column < width) {
+          if constexpr (kChunk == 8) {
+            device::copy_async_16(to, row, 2 * valid);
+          } else {
+            device::copy_async_8(to, row, 2 * valid);
+          }
+        }
+      } else {
+        device::Chunk<T, kChunk> chunk;
+        device::load_scalars(chunk, row, column + i < width ? valid : 0);
+        *reinterpret_cast<device::Chunk<T, kChunk>*>(to) = chunk;
+      }
+      row += b_stride;
+      to += kExpandThreads * kChunk;
+    }
+  };
+  stage_b(0);
+  // Output o of a lane: token 8 * (o / 2) + 2 q + o % 2 of the tile, eight columns.
+  Y* outputs[4];
+#pragma unroll
+  for (int o = 0; o < 4; ++o) {
+    const int id = __shfl_sync(0xffffffffu, t.token, 8 * (o / 2) + 2 * q + o % 2);
+    outputs[o] = id >= 0 && column < width ? static_cast<Y*>(p.y) + id * p.y_stride +
+                                                 p.slices[slice].first_column + column
+                                           : nullptr;
+    if (kVector && outputs[o] != nullptr) {
+#pragma unroll
+      for (int i = 0; i < 8; i += 16 / static_cast<int>(sizeof(Y))) {
+        device::copy_async_16(staged_y + o * kExpandThreads * 8 + i, outputs[o] + i, 16);
+      }
+    }
+  }
+  device::copy_async_commit();
+  if (kStages > 1 && kSpan < rank) {
+    stage_b(kSpan);
+  }
+  device::copy_async_commit();
+  if (device::kNeedsScale<T> && thread < kTileTokens) {
+    token_max[thread] = 0;
+  }
+
+  xa.wait();
+  const auto quad = [&](int row, int token) {
+    return row < rank && token < t.count ? xa.quad(row, token) : make_float4(0, 0, 0, 0);
+  };
+  if constexpr (device::kNeedsScale<T>) {
+    __syncthreads();
+    for (int i = thread; i < rank * kQuads; i += kExpandThreads) {
+      const float4 sum = quad(i / kQuads, i % kQuads * 4);
+      const float values[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        atomicMax(token_max + i % kQuads * 4 + e, __float_as_int(fabsf(values[e])));
+      }
+    }
+    __syncthreads();
+  }
+  const int padded = (rank + kSpan - 1) / kSpan * kSpan;
+  for (int i = thread; i < padded * kQuads; i += kExpandThreads) {
+    const int row = i / kQuads, token = i % kQuads * 4;
+    const float4 sum = quad(row, token);
+    const float values[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float scale = device::kNeedsScale<T> ? device::scale_down(token_max[token + e]) : 1.0f;
+      T high, low;
+      device::split(values[e] * scale, high, low);
+      xa_high[(token + e) * xa_stride + row] = high;
+      xa_low[(token + e) * xa_stride + row] = low;
+    }
+  }
+  __syncthreads();
+
+  float acc[4][2][4] = {};
+  for (int j = 0; j < rank; j += kSpan) {
+    device::copy_async_wait<1>();
+    device::Chunk<T, kChunk> high[2], low[2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const int from = (8 * n + g) * xa_stride + j + q * kChunk;
+      high[n] = *reinterpret_cast<const device::Chunk<T, kChunk>*>(xa_high + from);
+      low[n] = *reinterpret_cast<const device::Chunk<T, kChunk>*>(xa_low + from);
+    }
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      device::Chunk<T, kChunk> weights[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        weights[h] = *reinterpret_cast<const device::Chunk<T, kChunk>*>(
+            staged_b + (j / kSpan % kStages * 8 + 2 * m + h) * kExpandThreads * kChunk);
+      }
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        if (n == 0 || t.count > 8 * n) {
+#pragma unroll
+          for (int w = 0; w < kChunk / 2; w += 2) {
+            device::mma<T>(acc[m][n], weights[0].words[w], weights[1].words[w],
+                           weights[0].words[w + 1], weights[1].words[w + 1], high[n].words[w],
+                           high[n].words[w + 1]);
+            device::mma<T>(acc[m][n], weights[0].words[w], weights[1].words[w],
+                           weights[0].words[w + 1], weights[1].words[w + 1], low[n].words[w],
+                           low[n].words[w + 1]);
+          }
+        }
+      }
+    }
+    if (j + kStages * kSpan < rank) {
+      stage_b(j + kStages * kSpan);
+    }
+    device::copy_async_commit();
+  }
+#pragma unroll
+  for (int o = 0; o < 4; ++o) {
+    if (outputs[o] == nullptr) {
+      continue;
+    }
+    float delta[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      delta[i] = acc[i / 2][o / 2][i % 2 * 2 + o % 2];
+      if constexpr (device::kNeedsScale<T>) {
+        delta[i] *= device::scale_up(token_max[8 * (o / 2) + 2 * q + o % 2]);
+      }
+    }
+    device::Outputs<Y> values;
+    if constexpr (kVector) {
+      values.load(staged_y + o * kExpandThreads * 8);
+      values.add(delta);
+      values.store(outputs[o]);
+    } else {
+      values.load_scalars(outputs[o], width - column);
+      values.add(delta);
+      values.store_scalars(outputs[o], width - column);
+    }
+  }
+}
+
+// To L2, as in the shrink, for a tile that may be another one by the time it is read.
+template <typename T>
+__device__ __forceinline__ void prefetch_b(const DecodeExpandParams& p, const DecodeTile& t,
+                                           int slice, int block) {
+  const auto& from = p.slices[slice];
+  if (t.slot < 0 || t.slot >= p.batch.num_slots || p.b_offsets != nullptr) {
+    return;
+  }
+  const T* b =
+      static_cast<const T*>(from.b) + t.slot * from.slot_stride + from.first_row * from.row_stride;
+  for (int i = threadIdx.x; i < kExpandColumns; i += kExpandThreads) {
+    const int row = block * kExpandColumns + i;
+    if (row < from.width && t.rank > 0) {
+      device::prefetch_l2(b + row * from.row_stride, 2 * t.rank);
+    }
+  }
+}
+
+template <typename T, typename Y, int kChunk, bool kGeneral, typename Source>
+__device__ __forceinline__ void decode_expand(const DecodeExpandParams& p, const DecodeTile& t,
+                                              Source& xa, int slice, int block,
+                                              unsigned char* shared) {
+  const auto& from = p.slices[slice];
+  const bool flat = kGeneral && p.b_offsets != nullptr;
+  const int64_t b_stride = flat ? t.rank : from.row_stride;
+  const T* b = static_cast<const T*>(from.b) +
+               (flat ? p.b_offsets[t.slot] : t.slot * from.slot_stride) + from.first_row * b_stride;
+  // kGeneral: a tile finds out for itself whether its rows allow vector accesses.
+  if (!kGeneral || (p.vector_y && device::is_aligned(b, 2 * kChunk) && b_stride % kChunk == 0)) {
+    decode_expand_body<T, Y, kChunk, true>(p, t, xa, slice, block, b, b_stride, shared);
+  } else {
+    decode_expand_body<T, Y, kChunk, false>(p, t, xa, slice, block, b, b_stride, shared);
+  }
+}
+
+template <typename T, typename Y, int kChunk, bool kGeneral>
+__global__ void __launch_bounds__(kExpandThreads, kChunk == 4 ? 6 : 4)
+    decode_expand_kernel(const __grid_constant__ DecodeExpandParams p) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  const int tile = blockIdx.x / p.blocks_per_tile;
+  int slice = 0, block = blockIdx.x % p.blocks_per_tile;
+  while (block >= p.slices[slice].blocks) {
+    block -= p.slices[slice++].blocks;
+  }
+  DecodeTile t = read_tile(p.batch, tile, 0, 0);
+  if (!p.after_shrink) {
+    prefetch_b<T>(p, t, slice, block);
+    device::grid_dependency_wait();
+    t = read_tile(p.batch, tile, t.slot, t.start);
+  }
+  if (t.slot < 0 || t.rank <= 0) {
+    return;
+  }
+  PartialProducts xa(p.batch, t, tile, slice);
+  decode_expand<T, Y, kChunk, kGeneral>(p, t, xa, slice, block, shared);
+}
+
+}  // namespace lora_ext::cuda
