@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from . import _generate_io as files
@@ -210,8 +213,13 @@ def generate_all(
     written = num_done
     total = num_done + len(todo)
     try:
-        with tqdm(total=total, initial=num_done, unit="row", disable=None) as bar:
+        with (
+            _noted_interrupts() as interrupts,
+            tqdm(total=total, initial=num_done, unit="row", disable=None) as bar,
+        ):
             for start in range(0, len(todo), args.batch_size):
+                if interrupts:
+                    raise KeyboardInterrupt
                 batch = todo[start : start + args.batch_size]
                 for line in generate_batch(model, tokenizer, batch, args.max_new_tokens):
                     file.write(line.encode())
@@ -280,3 +288,24 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     if ends is None:
         return []
     return [ends] if isinstance(ends, int) else list(ends)
+
+
+@contextlib.contextmanager
+def _noted_interrupts() -> Iterator[list[int]]:
+    """Collect the interrupts of the block, which raise KeyboardInterrupt as ever.
+
+    Python drops an exception that is raised in a finalizer or a weak reference's callback; one that
+    came just then is still in the list.
+    """
+    noted: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        noted.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
