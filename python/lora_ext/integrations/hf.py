@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..adapters import Adapter, load_adapter
+from ..batch import LoRABatch
 from ..layers import (
     FusedMoE,
     LoRAEmbedding,
@@ -95,6 +96,16 @@ class LoRAModel:
             plans = RowPlans(slots, self.pool.max_adapters, device)
             with self._routing.using(plans):
                 yield
+
+    @contextmanager
+    def route(self, batch: LoRABatch) -> Iterator[None]:
+        """Route the calls of this thread by a LoRABatch inside a ``with`` block.
+
+        Its tokens are those of the batches, flattened. A static LoRABatch is how a captured graph
+        gets to follow other adapters; they must be kept in their slots by ``pool.using``.
+        """
+        with self._routing.using(batch):
+            yield
 
     def __call__(
         self,
