@@ -161,11 +161,12 @@ def test_a_batch_without_adapters_changes_no_bit(device: str) -> None:
 
 
 @pytest.mark.gpu
-def test_a9_nothing_waits_for_the_device() -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a9_nothing_waits_for_the_device(overlap: bool) -> None:
     layer = Layer.random(12, [24, 24], torch.bfloat16, "cuda")
     table, extra = embedding_weights("cuda"), extra_rows("cuda", EMBED)
     ids, embedded = torch.arange(44, 56, device="cuda"), torch.zeros(12, EMBED, device="cuda")
-    backend = layer.backend(logprobs_chunk_size=4)
+    backend = layer.backend(logprobs_chunk_size=4, overlap=overlap)
     backend.is_moe_lora = True
     backend.init_decode_cuda_graph_batch_info(12, 1)
     ranks, scalings = layer.table()

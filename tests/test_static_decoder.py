@@ -180,6 +180,26 @@ def test_the_graph_is_the_eager_step_bit_for_bit(directories: dict[str, Path]) -
         assert torch.equal(captured, eager)
 
 
+@on_devices
+def test_an_enclosing_use_does_not_reach_the_steps(
+    device: str, directories: dict[str, Path]
+) -> None:
+    lora = wrapped(directories, device)
+    with lora.use(["head"] * ROWS), StaticDecoder(lora, ROWS, 32) as decoder:
+        ours = decoded(decoder, MIXES)
+    assert torch.equal(ours, expected(lora, MIXES))
+
+
+@on_devices
+def test_the_shortest_rows_there_can_be(device: str, directories: dict[str, Path]) -> None:
+    lora = wrapped(directories, device)
+    ids = prompts(device, 1)[0].clamp(min=1)  # 0 would be padding
+    with StaticDecoder(lora, ROWS, 2) as decoder:
+        ours = decoder.generate(ids, adapters=MIXES[0], max_new_tokens=2)
+    theirs = lora.generate(ids, adapters=MIXES[0], do_sample=False, max_new_tokens=2)
+    assert torch.equal(ours, theirs)
+
+
 @pytest.mark.gpu
 def test_nothing_waits_for_the_device(directories: dict[str, Path]) -> None:
     lora = wrapped(directories, "cuda")

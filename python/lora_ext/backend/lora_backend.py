@@ -59,7 +59,8 @@ class LoRABackend(BatchPreparation):
     name: ClassVar[str] = "lora_ext"
     supports_lora_a_overlap: ClassVar[bool] = False
     skip_inactive_lora_batches: ClassVar[bool] = False
-    skip_inactive_dense_lora: ClassVar[bool] = False
+    # SGLang then captures another graph of the base model, for batches without adapters.
+    skip_inactive_dense_lora: ClassVar[bool] = True
     supports_prefill_cuda_graph: ClassVar[bool] = True
     supports_dp_attention: ClassVar[bool] = False
 

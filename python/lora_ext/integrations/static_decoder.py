@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -18,9 +19,10 @@ from .hf import LoRAModel
 class StaticDecoder:
     """Decodes a fixed number of rows, each with its adapter, one token of each at a time.
 
-    The step is captured once, without any adapter in the batch, and its graph is replayed for every
-    later mix: the batch's plan, the adapters in their slots, the cache and the positions are read
-    from where they were at the capture, and changed there. On a CPU the step is called instead.
+    The step is captured once, and its graph is replayed for every later mix: the batch's plan, the
+    adapters in their slots, the cache and the positions are read from where they were at the
+    capture, and changed there. A second graph, of the base model, serves while no row has an
+    adapter, so that such steps cost nothing more. On a CPU the step is called instead.
 
     The adapters of the rows stay in their slots until other ones take their place (``route``,
     ``prefill``) or the decoder is closed; it is a context manager that closes itself.
@@ -59,16 +61,22 @@ class StaticDecoder:
             # Until version 5 of transformers the cache is told where its next token goes.
             parameters = inspect.signature(lora.model.forward).parameters
             self._tells_position = "cache_position" in parameters
-            self._run(self._ids, self._position_ids, self._cache_position, self._mask[:, :1])
+            with self._routed(False):
+                self._run(self._ids, self._position_ids, self._cache_position, self._mask[:, :1])
             layers: Any = self._cache.layers
             if any(layer.max_cache_len < max_length for layer in layers):
                 raise ValueError(
                     f"the model has layers with a sliding window shorter than max_length = "
                     f"{max_length}, whose cache cannot be replayed"
                 )
-            self._step: Callable[[], None] = self._decode
+            self._steps: dict[bool, Callable[[], None]] = {
+                with_adapters: partial(self._decode, with_adapters)
+                for with_adapters in (True, False)
+            }
             if capture and device.type == "cuda":
-                self._step = self._captured()
+                for with_adapters, step in self._steps.items():
+                    self._reset()
+                    self._steps[with_adapters] = _captured(step)
 
     def __enter__(self) -> StaticDecoder:
         return self
@@ -114,7 +122,7 @@ class StaticDecoder:
                 f"{self.max_length}]"
             )
         self.route(adapters)
-        self._cache.reset()
+        self._reset()
         self._mask.fill_(1)
         if attention_mask is not None:
             self._mask[:, :tokens] = attention_mask
@@ -157,7 +165,7 @@ class StaticDecoder:
                 "on from, or no room for another"
             )
         self._length += 1
-        self._step()
+        self._steps[self._batch.has_active_lora]()
         return self._ids[:, 0].clone()
 
     def generate(
@@ -189,21 +197,30 @@ class StaticDecoder:
         logits: Tensor = output.logits
         return logits
 
-    def _decode(self) -> None:
+    def _routed(self, with_adapters: bool) -> AbstractContextManager[None]:
+        return self.lora.route(self._batch) if with_adapters else self.lora.use([None] * self.rows)
+
+    def _reset(self) -> None:
+        self._cache.reset()
+        self._cache_position.zero_()
+
+    def _decode(self, with_adapters: bool) -> None:
         """Go on by one token: everything that it reads and writes is at a fixed address."""
-        with self.lora.route(self._batch):
+        with self._routed(with_adapters):
             logits = self._run(self._ids, self._position_ids, self._cache_position, self._mask)
         self._ids.copy_(logits[:, -1].argmax(-1, keepdim=True))
         self._position_ids += 1
         self._cache_position += 1
 
-    def _captured(self) -> Callable[[], None]:
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._decode()  # what is made or chosen at the first call must not be in the graph
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._decode()
-        return graph.replay
+
+def _captured(step: Callable[[], None]) -> Callable[[], None]:
+    """Return the replay of a step's graph; the step is called once before it is captured."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # what is made or chosen at the first call must not be in the graph
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
