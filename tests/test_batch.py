@@ -116,6 +116,25 @@ def test_host_input_of_any_kind(kind: Any) -> None:
     check(batch, [0, 1, 1])
 
 
+@on_devices
+@pytest.mark.parametrize("special", [{}, {700: 4}, {0: -1}, {699: 300}], ids=str)
+def test_long_lists(device: str, special: dict[int, int]) -> None:
+    """They go through bytes where their values allow it."""
+    batch, slots, lens = LoRABatch(4000, 400, device), [3, 0, 1] * 300, [2, 0, 1] * 300
+    for at, slot in special.items():
+        slots[at] = slot
+    batch.update(slots, seg_lens=lens)
+    check(batch, np.repeat(slots, lens).tolist())
+    lens[5] = 300
+    batch.update(tuple(slots), seg_lens=lens)
+    check(batch, np.repeat(slots, lens).tolist())
+    before = batch.plan.clone()
+    for wrong in (400, -2, 2**31, 0.5, None, "7"):
+        with pytest.raises(ValueError, match="slots"):
+            batch.update([*slots[:-1], wrong])
+    assert torch.equal(batch.plan, before)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_host_input_that_is_pinned(dtype: torch.dtype) -> None:
@@ -149,7 +168,7 @@ def test_the_operator_refuses_what_the_batch_never_gives_it() -> None:
         return torch.ops.lora_ext.update_plan_(**arguments)
 
     for changes, message in (
-        ({"slots": slots.float()}, "slots must be a contiguous 1-D int32 or int64"),
+        ({"slots": slots.float()}, "slots must be a contiguous 1-D int32, int64 or uint8"),
         ({"n": 4}, "slots must be .* of at least 4"),
         ({"n": -1}, "host is .* -1 requests"),
         ({"host": row[:2]}, "host is .* 3 requests need int32 .3."),
@@ -241,6 +260,11 @@ def test_update_never_waits_for_the_device() -> None:
         ({"slots": [0], "seg_lens": [65]}, "65 tokens, max_tokens is 64"),
         ({"slots": [0] * 65}, "65 tokens, max_tokens is 64"),
         ({"slots": [0, 0], "seg_lens": [2**31 - 1, 2**31 - 1]}, "4294967294 tokens"),
+        ({"slots": [0, 0], "seg_indptr": np.array([0, 2**63 - 1, -(2**63)])}, "do not fit int32"),
+        ({"slots": [0, 0], "seg_lens": np.array([2**63 - 1, 2])}, "do not fit int32"),
+        ({"slots": [0, 0], "seg_lens": np.array([2**62, -(2**62)])}, "do not fit int32"),
+        ({"slots": np.array([2**63 - 1, -(2**63)])}, "do not fit int32"),
+        ({"slots": np.array([2**32, 2**32 - 1])}, "do not fit int32"),
         ({"slots": [2**31]}, "slots must hold whole numbers that fit int32"),
         ({"slots": np.array([2**31])}, "do not fit int32"),
         ({"slots": [0.5]}, "slots must hold whole numbers"),

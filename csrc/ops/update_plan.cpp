@@ -5,7 +5,8 @@
 
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <limits>
+#include <algorithm>
+#include <cstdint>
 #include <tuple>
 
 #include "ops/dispatch.h"
@@ -23,57 +24,62 @@ constexpr int (*kUpdate)(const UpdateParams&) = nullptr;
 
 void update_on_cpu(const UpdateParams& params) { cpu::plan_batch(params.plan); }
 
-// Slots in [-1, num_slots) to `out`. The loops below have no exit, so that they vectorise.
+// The loops below have no exit and compare nothing that is 64 bits wide, so that they vectorise:
+// the bits that a good value must not have are collected, and looked at behind the loop.
+
+// Slots in [-1, num_slots).
 template <typename T>
 bool stage_slots(const T* slots, int64_t n, int64_t num_slots, int32_t* out, bool& any_adapter) {
-  const auto limit = static_cast<uint32_t>(num_slots);
-  bool good = true, any = false;
+  uint64_t bits = 0;
+  int32_t highest = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const auto slot = static_cast<int32_t>(slots[i]);
-    good &= slot == slots[i] && static_cast<uint32_t>(slot) + 1 <= limit;
-    any |= slot >= 0;
-    out[i] = slot;
+    const uint64_t next = static_cast<uint64_t>(int64_t{slots[i]}) + 1;
+    bits |= next;
+    highest = std::max(highest, static_cast<int32_t>(next));
+    out[i] = static_cast<int32_t>(next) - 1;
   }
-  any_adapter = any;
-  return good;
+  any_adapter = highest > 0;
+  return bits >> 31 == 0 && highest <= num_slots;
 }
 
 // Lengths to where each segment starts, and the end of the last one.
 template <typename T>
 bool stage_lens(const T* lens, int64_t n, int64_t max_tokens, int32_t* out) {
-  bool good = true;
-  uint64_t end = 0;  // n lengths that are good add up to less than 2^63
+  uint64_t bits = 0, end = 0;  // good lengths add up to less than 2^63
   out[0] = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const auto length = static_cast<uint64_t>(lens[i]);
-    good &= length <= static_cast<uint64_t>(max_tokens);
+    const auto length = static_cast<uint64_t>(int64_t{lens[i]});
+    bits |= length;
     end += length;
     out[i + 1] = static_cast<int32_t>(end);
   }
-  return good && end <= static_cast<uint64_t>(max_tokens);
+  return bits >> 31 == 0 && end <= static_cast<uint64_t>(max_tokens);
 }
 
 template <typename T>
 bool stage_indptr(const T* indptr, int64_t n, int64_t max_tokens, int32_t* out) {
-  bool good = indptr[0] == 0 && indptr[n] <= max_tokens;
-  out[0] = 0;
+  uint64_t bits = 0;  // no value and no step may be negative
   for (int64_t i = 0; i < n; ++i) {
-    good &= indptr[i + 1] >= indptr[i];
-    out[i + 1] = static_cast<int32_t>(indptr[i + 1]);
+    const auto next = static_cast<uint64_t>(int64_t{indptr[i + 1]});
+    bits |= next | (next - static_cast<uint64_t>(int64_t{indptr[i]}));
+    out[i] = static_cast<int32_t>(indptr[i]);
   }
-  return good;
+  out[n] = static_cast<int32_t>(indptr[n]);
+  return bits >> 63 == 0 && indptr[0] == 0 && indptr[n] <= max_tokens;
 }
 
-// Calls stage(data) with the int32 or int64 values of a host tensor of at least n elements.
+// Calls stage(data) with the values of a host tensor of at least n elements.
 template <typename Stage>
 bool with_values(const char* name, const Tensor& values, int64_t n, Stage&& stage) {
-  const bool is_long = values.scalar_type() == ScalarType::Long;
+  const ScalarType type = values.scalar_type();
   check(values.is_cpu() && values.dim() == 1 && values.is_contiguous() && values.numel() >= n &&
-            (is_long || values.scalar_type() == ScalarType::Int),
-        name, " must be a contiguous 1-D int32 or int64 tensor of at least ", n,
+            (type == ScalarType::Long || type == ScalarType::Int || type == ScalarType::Byte),
+        name, " must be a contiguous 1-D int32, int64 or uint8 tensor of at least ", n,
         " elements on the CPU, got ", describe(values));
-  return is_long ? stage(static_cast<const int64_t*>(values.const_data_ptr()))
-                 : stage(static_cast<const int32_t*>(values.const_data_ptr()));
+  const void* const data = values.const_data_ptr();
+  return type == ScalarType::Long  ? stage(static_cast<const int64_t*>(data))
+         : type == ScalarType::Int ? stage(static_cast<const int32_t*>(data))
+                                   : stage(static_cast<const uint8_t*>(data));
 }
 
 std::tuple<int64_t, bool> update_plan_(const Tensor plan, const Tensor staging, const Tensor host,
