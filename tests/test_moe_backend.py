@@ -291,13 +291,14 @@ def test_the_operator_takes_no_more_than_was_said(num_tokens: int, shape: tuple[
     lora = adapters_of(module)
     lora.add(x, y, routing, top_k, None)
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    # What is asked for: a block that the allocator gives may be larger by up to a megabyte.
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     torch.cuda.reset_peak_memory_stats()
     lora.add(x, y, routing, top_k, None)
-    taken = torch.cuda.max_memory_allocated() - before
+    taken = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
     common = {"max_tokens": num_tokens, "top_k": top_k, **sizes}
     said = MoEBuffers.nbytes_for(**common, max_rank=13) - MoEBuffers.nbytes_for(**common)
-    assert 0 < taken <= said + 512  # the allocator's unit
+    assert 0 < taken <= said
 
 
 @on_devices
