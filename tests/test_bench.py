@@ -422,7 +422,7 @@ def test_plot_reads_the_committed_results() -> None:
     plot = script("plot")
     (path,) = (Path(plot.__file__).parent / "results").glob("h200_2026-11-21.csv")
     points = plot.read(path)
-    assert {point.grid for point in points} == {"decode", "prefill", "embed"}
+    assert {point.grid for point in points} == {"decode", "prefill", "moe", "embed"}
     ElementTree.fromstring(plot.draw(points, ""))
 
 
