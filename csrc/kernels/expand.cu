@@ -1,7 +1,7 @@
 // y += xa B^T for tiles of tokens of one slot: what moves is y, read and written once.
 //
 // A CTA serves one (tile of 64 tokens, slice) and 512 columns (fewer where ranks are wide or CTAs
-// are few), 64 of them a warp. As in the fused kernel the weights are the 16-row operand and eight
+// are few), 64 of them a warp. As for few tokens the weights are the 16-row operand and eight
 // neighbouring columns of y fall to one lane, so that a warp reads and writes whole 128-byte lines.
 // The warp keeps its weights while the tile's tokens pass, 16 at a time; their y is on its way two
 // rounds ahead (cp.async to where the same lane will read it, so no barrier is needed). xa is split
