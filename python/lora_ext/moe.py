@@ -12,9 +12,9 @@ from torch import Tensor
 from . import ops
 
 # The operator divides K, and makes an intermediate for each part, while that fills a device:
-# csrc/kernels/moe_heuristics.h, on a device of 160 multiprocessors with tiles of 64 pairs.
+# csrc/kernels/moe_heuristics.h, up to two blocks on each of 160 multiprocessors, 64 pairs a tile.
 _MOST_SPLITS = 16
-_SPLIT_PAIRS = 160 * 64
+_SPLIT_PAIRS = 2 * 160 * 64
 
 # (x, cache, topk_weights, topk_ids): adds to the cache, in place.
 Hook = Callable[[Tensor, Tensor, Tensor, Tensor], None]

@@ -41,8 +41,6 @@ class StaticDecoder:
     def __init__(
         self, lora: LoRAModel, rows: int, max_length: int, *, capture: bool = True
     ) -> None:
-        from transformers import StaticCache
-
         if rows < 1 or max_length < 2:
             raise ValueError(f"expected rows >= 1 and max_length >= 2, got {rows} and {max_length}")
         self.lora = lora
@@ -53,7 +51,7 @@ class StaticDecoder:
         self._in_use = ExitStack()
         with torch.inference_mode(False), torch.no_grad():
             self._batch = LoRABatch.for_cuda_graph(rows, lora.pool.max_adapters, device)
-            self._cache: Any = StaticCache(config=lora.model.config, max_cache_len=max_length)
+            self._cache: Any = _static_cache(lora.model.config, max_length)
             self._ids = torch.zeros((rows, 1), dtype=torch.int64, device=device)
             self._position_ids = torch.zeros_like(self._ids)
             self._cache_position = torch.zeros(1, dtype=torch.int64, device=device)
@@ -63,12 +61,6 @@ class StaticDecoder:
             self._tells_position = "cache_position" in parameters
             with self._routed(False):
                 self._run(self._ids, self._position_ids, self._cache_position, self._mask[:, :1])
-            layers: Any = self._cache.layers
-            if any(layer.max_cache_len < max_length for layer in layers):
-                raise ValueError(
-                    f"the model has layers with a sliding window shorter than max_length = "
-                    f"{max_length}, whose cache cannot be replayed"
-                )
             self._steps: dict[bool, Callable[[], None]] = {
                 with_adapters: partial(self._decode, with_adapters)
                 for with_adapters in (True, False)
@@ -211,6 +203,28 @@ class StaticDecoder:
         self._ids.copy_(logits[:, -1].argmax(-1, keepdim=True))
         self._position_ids += 1
         self._cache_position += 1
+
+
+def _static_cache(config: Any, max_length: int) -> Any:
+    """Return a cache that keeps on the device how far it is filled.
+
+    The layers of sliding windows count on the host, and a graph would repeat the number they had at
+    its capture; a window that holds all tokens is like no window.
+    """
+    from transformers import StaticCache
+    from transformers.cache_utils import StaticLayer
+
+    cache: Any = StaticCache(config=config, max_cache_len=max_length)
+    if any(layer.max_cache_len < max_length for layer in cache.layers):
+        raise ValueError(
+            f"the model has layers with a sliding window shorter than max_length = {max_length}, "
+            "whose cache cannot be replayed"
+        )
+    cache.layers = [
+        StaticLayer(max_cache_len=max_length) if layer.is_sliding else layer
+        for layer in cache.layers
+    ]
+    return cache
 
 
 def _captured(step: Callable[[], None]) -> Callable[[], None]:
