@@ -67,7 +67,17 @@ def test_no_mix_makes_more_tiles_than_planned_for(counts: list[int], tile_tokens
 def test_the_plan_kernel_fits_every_capacity(max_tokens: int, num_slots: int) -> None:
     config = testing.plan_config(max_tokens, num_slots)
     assert config.threads % 32 == 0 and 32 * config.num_buckets <= config.threads <= 1024
-    assert config.shared_bytes <= testing.MAX_SHARED_BYTES
+    assert config.shared_bytes <= testing.MAX_SHARED_BYTES - 1024  # static arrays need some
+    counts = max(num_slots * (config.num_buckets + 2), 3 * config.threads)
+    parts = [(0, counts), (config.slots_at, num_slots + 1), (config.tokens_at, max_tokens)]
+    placed = sorted((at, at + size) for at, size in parts if at >= 0)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(placed))
+    assert 4 * placed[-1][1] <= config.shared_bytes
+
+
+def test_a_decode_plan_stays_in_shared_memory() -> None:
+    config = testing.plan_config(256, 1024)
+    assert config.slots_at > 0 and config.tokens_at > 0
 
 
 APPLY = {

@@ -17,21 +17,35 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct PlanConfig {
   int threads, num_buckets, shared_bytes;
+  int slots_at, tokens_at;  // in shared memory, in int32 units; -1: they stay in global memory
 };
 
 // One CTA. A bucket is the token range of one warp: no more of them than there are groups of 32
-// tokens, since every further one lengthens the scan over L * buckets counts; fewer where the
-// histogram would not fit.
+// tokens, since a slot's counts are added up one after another; fewer where the histogram would not
+// fit. What fits beside it spares a round trip to global memory.
 inline PlanConfig plan_config(int64_t max_tokens, int64_t num_slots) {
+  constexpr int64_t kMostInts = kDefaultSharedBytes * 2 / 4;
   int buckets = static_cast<int>(std::clamp<int64_t>(ceil_div(max_tokens, 32), 1, 32));
-  const auto bytes = [&](int b) {
-    return static_cast<int>(4 * (32 + 2 * num_slots + 1 + num_slots * b));
-  };
-  while (buckets > 1 && bytes(buckets) > kDefaultSharedBytes * 2) {
+  while (buckets > 1 && num_slots * (buckets + 2) > kMostInts) {
     buckets /= 2;
   }
-  const int threads = max_tokens > 512 || num_slots > 512 ? 1024 : std::max(256, 32 * buckets);
-  return {threads, buckets, bytes(buckets)};
+  PlanConfig config{};
+  config.num_buckets = buckets;
+  config.threads = max_tokens > 512 || num_slots > 512 ? 1024 : std::max(256, 32 * buckets);
+  // Counts and tiles of the slots, or before that the segments of a round.
+  int64_t ints = std::max<int64_t>(num_slots * (buckets + 2), 3 * config.threads);
+  const auto place = [&](int64_t size) {
+    if (ints + size > kMostInts) {
+      return -1;
+    }
+    const int at = static_cast<int>(ints);
+    ints += size;
+    return at;
+  };
+  config.slots_at = place(num_slots + 1);
+  config.tokens_at = place(max_tokens);
+  config.shared_bytes = static_cast<int>(4 * ints);
+  return config;
 }
 
 // Most tiles that `num_tokens` tokens can make, whatever the mix: the grid of the kernels that run

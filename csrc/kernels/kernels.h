@@ -10,6 +10,8 @@
 namespace lora_ext::cuda {
 
 int plan_batch(const PlanParams& params);
+// The same with slots and seg_indptr in one buffer of pinned host memory, which the kernel reads.
+int plan_batch_from_host(const PlanParams& params);
 int shrink(const ShrinkParams& params);
 int expand(const ExpandParams& params);
 int apply(const ApplyParams& params);

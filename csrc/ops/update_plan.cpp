@@ -1,8 +1,7 @@
-// update_plan_: a batch from host memory into the plan, in one call: checked, converted to int32,
-// staged, copied and planned. For one batch after another the host's time is what counts, and each
-// call of torch would cost more than the work.
-#include "kernels/update_plan.h"
-
+// update_plan_: a batch from host memory into the plan, in one call: checked, converted to int32
+// and planned. For one batch after another the host's time is what counts, and each call of torch
+// would cost more than the work. The kernel reads the converted batch from pinned memory: a copy
+// would be a call more for the host, and a step more for the device.
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
@@ -17,12 +16,10 @@ namespace {
 using torch::headeronly::ScalarType;
 
 #ifdef LORA_EXT_CUDA
-constexpr auto kUpdate = cuda::update_plan;
+constexpr auto kFromHost = cuda::plan_batch_from_host;
 #else
-constexpr int (*kUpdate)(const UpdateParams&) = nullptr;
+constexpr int (*kFromHost)(const PlanParams&) = nullptr;
 #endif
-
-void update_on_cpu(const UpdateParams& params) { cpu::plan_batch(params.plan); }
 
 // The loops below have no exit and compare nothing that is 64 bits wide, so that they vectorise:
 // the bits that a good value must not have are collected, and looked at behind the loop.
@@ -82,13 +79,12 @@ bool with_values(const char* name, const Tensor& values, int64_t n, Stage&& stag
                                    : stage(static_cast<const uint8_t*>(data));
 }
 
-std::tuple<int64_t, bool> update_plan_(const Tensor plan, const Tensor staging, const Tensor host,
-                                       const Tensor slots, const OptionalTensor seg_lens,
+std::tuple<int64_t, bool> update_plan_(const Tensor plan, const Tensor host, const Tensor slots,
+                                       const OptionalTensor seg_lens,
                                        const OptionalTensor seg_indptr, int64_t n,
                                        int64_t num_slots, int64_t max_tokens) {
   check(!seg_lens.has_value() || !seg_indptr.has_value(), "give seg_lens or seg_indptr, not both");
   int32_vector("plan", plan, plan);
-  int32_vector("staging", staging, plan);
   int32_vector("host", host, host);
   const int64_t capacity = plan_max_tokens(plan.numel(), num_slots);
   check(num_slots >= 0 && capacity >= 0, "plan has ", plan.numel(),
@@ -96,9 +92,8 @@ std::tuple<int64_t, bool> update_plan_(const Tensor plan, const Tensor staging, 
   check(max_tokens <= capacity, "max_tokens is ", max_tokens, ", the plan has room for ", capacity);
   const bool per_segment = seg_lens.has_value() || seg_indptr.has_value();
   const int64_t elements = per_segment ? 2 * n + 1 : n;
-  check(n >= 0 && host.is_cpu() && host.numel() >= elements && staging.numel() >= elements,
-        "host is ", describe(host), " and staging ", describe(staging), ", ", n,
-        " requests need int32 [", elements, "] on the CPU and on the plan's device");
+  check(n >= 0 && host.is_cpu() && host.numel() >= elements, "host is ", describe(host), ", ", n,
+        " requests need int32 [", elements, "] on the CPU");
 
   auto* const to = static_cast<int32_t*>(host.mutable_data_ptr());
   bool any_adapter = false;
@@ -119,19 +114,12 @@ std::tuple<int64_t, bool> update_plan_(const Tensor plan, const Tensor staging, 
     return {-1, false};
   }
 
-  UpdateParams params{};
-  params.host = to;
-  params.staging = staging.mutable_data_ptr();
-  params.bytes = elements * int64_t{sizeof(int32_t)};
-  const auto* const from = static_cast<const int32_t*>(params.staging);
-  params.plan.slots = from;
-  params.plan.seg_indptr = per_segment ? from + n : nullptr;
-  params.plan.n = n;
-  params.plan.plan = plan_view(static_cast<int32_t*>(plan.mutable_data_ptr()), capacity, num_slots);
-  if (plan.is_cpu()) {
-    check(params.staging == to, "on the CPU staging and host must be the same memory");
-  }
-  launch("update_plan_", plan, params, update_on_cpu, kUpdate);
+  PlanParams params{};
+  params.slots = to;
+  params.seg_indptr = per_segment ? to + n : nullptr;
+  params.n = n;
+  params.plan = plan_view(static_cast<int32_t*>(plan.mutable_data_ptr()), capacity, num_slots);
+  launch("update_plan_", plan, params, cpu::plan_batch, kFromHost);
   return {num_tokens, any_adapter && num_tokens > 0};
 }
 

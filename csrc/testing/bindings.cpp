@@ -35,7 +35,9 @@ void bind_plan(py::module_& m) {
   py::class_<PlanConfig>(m, "PlanConfig")
       .def_readonly("threads", &PlanConfig::threads)
       .def_readonly("num_buckets", &PlanConfig::num_buckets)
-      .def_readonly("shared_bytes", &PlanConfig::shared_bytes);
+      .def_readonly("shared_bytes", &PlanConfig::shared_bytes)
+      .def_readonly("slots_at", &PlanConfig::slots_at)
+      .def_readonly("tokens_at", &PlanConfig::tokens_at);
   m.def("plan_config", &plan_config, "max_tokens"_a, "num_slots"_a);
 }
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import ops
 from ._host_input import HostInput, HostInts, check_room, check_slots, refuse, without_empty
-from ._staging import Staging
+from ._staging import PinnedRows
 
 _update_plan_ = torch.ops.lora_ext.update_plan_.default
 
@@ -59,7 +59,7 @@ class PlanLayout(NamedTuple):
 class LoRABatch:
     """The plan of a batch, in a buffer of fixed address that every layer reads.
 
-    ``update`` refreshes it in place: from host sequences by one asynchronous copy and one launch,
+    ``update`` refreshes it in place: from host sequences by one launch that reads pinned memory,
     without waiting for the device; from int32 tensors on the device by the launch alone. Before the
     first update the plan is that of a batch without tokens.
 
@@ -101,7 +101,7 @@ class LoRABatch:
         self.device = self.plan.device
         self._layout = PlanLayout.of(ops.round_up_tokens(max_tokens), num_slots)
         self._host_input = HostInput()
-        self._staging = Staging(2 * self._layout.max_tokens + 1, self.device)
+        self._rows = PinnedRows(2 * self._layout.max_tokens + 1, self.device)
         self.update([])
 
     @classmethod
@@ -144,7 +144,7 @@ class LoRABatch:
     def _update_from_host(
         self, slots: HostInts, seg_lens: HostInts | None, seg_indptr: HostInts | None
     ) -> None:
-        """Check, stage, copy and plan in one call of the operator; the host's time counts here."""
+        """Check, convert and plan in one call of the operator; the host's time counts here."""
         num_requests = n = len(slots)
         if n > self._layout.max_tokens:
             if seg_lens is None and seg_indptr is None:
@@ -157,8 +157,7 @@ class LoRABatch:
         tensor = self._host_input.tensor
         num_tokens, any_adapter = _update_plan_(
             self.plan,
-            self._staging.on_device,
-            self._staging.row(),
+            self._rows.row(),
             tensor("slots", slots, n),
             None if seg_lens is None else tensor("seg_lens", seg_lens, n),
             None if seg_indptr is None else tensor("seg_indptr", seg_indptr, n + 1),
@@ -168,7 +167,7 @@ class LoRABatch:
         )
         if num_tokens < 0:
             refuse(slots, seg_lens, seg_indptr, self.num_slots, self.max_tokens)
-        self._staging.sent()
+        self._rows.queued()
         torch.autograd.graph.increment_version(self.plan)  # as ops.plan_batch_ does
         self.num_requests = num_requests
         self.num_tokens = num_tokens

@@ -114,12 +114,13 @@ class LoRALinear(LoRAExt):
     """This library's operator for base product and adapters together, for whole sites."""
 
     name = "lora_linear"
+    overlap: ClassVar[bool] = False
 
     def __init__(
         self, site: Site, workload: Workload, device: torch.device, dtype: torch.dtype
     ) -> None:
-        if not hasattr(torch.ops.lora_ext, self.name):
-            raise Unsupported(f"this build has no {self.name}")
+        if not hasattr(torch.ops.lora_ext, "lora_linear"):
+            raise Unsupported("this build has no lora_linear")
         super().__init__(site, workload, device, dtype)
 
     def linear(self, x: Tensor, weight: Tensor, weights: Any) -> Tensor:
@@ -134,8 +135,16 @@ class LoRALinear(LoRAExt):
             self.plan,
             self.site.output_slices,
             self.workload.max_rank,
+            overlap=self.overlap,
         )
         return y
+
+
+class LoRALinearOverlap(LoRALinear):
+    """The same with the shrink beside the base product, on a stream of its own."""
+
+    name = "lora_overlap"
+    overlap = True
 
 
 class TorchLoop(DenseProvider):
@@ -264,7 +273,7 @@ def dense_providers() -> dict[str, type[DenseProvider]]:
 def site_providers() -> dict[str, type[DenseProvider]]:
     """Those that can stand behind or take over a base product inside a model."""
     after = {name: provider for name, provider in dense_providers().items() if name != Peft.name}
-    return {LoRALinear.name: LoRALinear, **after}
+    return {LoRALinear.name: LoRALinear, LoRALinearOverlap.name: LoRALinearOverlap, **after}
 
 
 def make_plan(workload: Workload, device: torch.device) -> Tensor:
