@@ -38,8 +38,9 @@ constexpr int64_t max_moe_tiles(int64_t num_pairs, int64_t num_groups) {
   return std::min(num_pairs, num_pairs / kMoeTilePairs + num_groups);
 }
 
-// Pairs that moe_lora_align_ sorts without help from memory.
-constexpr int64_t kMoeSharedPairs = 4096;
+// Pairs that moe_lora_align_ sorts without help from memory. More are shared by several thread
+// blocks, which exchange them there.
+constexpr int64_t kMoeSharedPairs = 2048;
 
 // Where the sections lie for one call, as offsets in int32 units. The tiles come first because
 // their place does not depend on the call: a kernel reads header and tile at once, and learns from

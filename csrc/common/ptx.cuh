@@ -134,6 +134,11 @@ __device__ __forceinline__ float load_peer_scalar(uint32_t address) {
   asm volatile("ld.shared::cluster.f32 %0, [%1];\n" : "=f"(value) : "r"(address) : "memory");
   return value;
 }
+__device__ __forceinline__ int load_peer_int(uint32_t address) {
+  int value;
+  asm volatile("ld.shared::cluster.s32 %0, [%1];\n" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
 #endif
 
 }  // namespace lora_ext::device

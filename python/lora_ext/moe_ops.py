@@ -16,7 +16,7 @@ from lora_ext import _library as _library  # registers the operators, or says wh
 
 # As in csrc/common/moe_routing.h.
 _TILE_PAIRS = 64
-_SHARED_PAIRS = 4096
+_SHARED_PAIRS = 2048
 _HEADER_SIZE = 16
 
 _moe_lora_align = torch.ops.lora_ext.moe_lora_align.default
@@ -28,7 +28,7 @@ def moe_routing_size(max_tokens: int, top_k: int, num_slots: int, num_experts: i
     """Elements of a routing buffer for up to ``max_tokens`` tokens (csrc/common/moe_routing.h).
 
     With P = ``max_tokens * top_k`` that is ``16 + 4 * min(P, P // 64 + num_slots * num_experts) +
-    P``, and another ``4 * P`` of scratch where P is above 4,096: never more than a multiple of P,
+    P``, and another ``4 * P`` of scratch where P is above 2,048: never more than a multiple of P,
     however many slots and experts there are.
     """
     pairs = max_tokens * top_k
