@@ -52,6 +52,8 @@ cudaError_t launch_shrink(const ApplyParams& p, const ApplyConfig& config) {
   d.x_stride = p.x_stride;
   d.a_offsets = p.a.slot_offsets;
   d.prefetch_features = config.prefetch_features;
+  d.row_groups =
+      static_cast<int32_t>(ceil_div(int64_t{p.slices.count} * p.max_rank, Traits::kRows));
   d.one_range = p.a.rows_by_rank || p.slices.count == 1;
   d.vector_x = is_multiple(p.x, p.x_stride, 8, 16) && p.in_features % 8 == 0;
   for (int i = 0; i < p.slices.count; ++i) {
@@ -61,8 +63,7 @@ cudaError_t launch_shrink(const ApplyParams& p, const ApplyConfig& config) {
       d.vector_x && p.a.slot_offsets == nullptr && is_multiple(p.a, p.slices.count, 8, 16);
   LaunchShape shape{};
   shape.grid =
-      dim3(static_cast<unsigned>(config.split_limits.most_parts(num_tiles(p))),
-           static_cast<unsigned>(ceil_div(int64_t{p.slices.count} * p.max_rank, Traits::kRows)));
+      dim3(static_cast<unsigned>(d.row_groups * config.split_limits.most_parts(num_tiles(p))));
   shape.threads = kShrinkThreads;
   shape.shared_bytes = Traits::kSharedBytes;
   shape.cluster = 1;

@@ -17,6 +17,7 @@ struct alignas(64) DecodeShrinkParams {
   int64_t x_stride;
   const int64_t* a_offsets;   // flat layout, else null
   int32_t prefetch_features;  // of a CTA's part of K, before the wait
+  int32_t row_groups;         // CTAs that share a tile's rows of A
   bool one_range;             // row i * r + j of the first slice is row j of slice i
   bool vector_x;
   struct {
@@ -28,18 +29,18 @@ struct alignas(64) DecodeShrinkParams {
 // where the batch and the pool are small it reads all tokens and ranks beside the tiles that may be
 // its own, one round of loads in place of three. Cold, as they are behind a base layer, each would
 // take most of a microsecond. The barrier is every thread's, whatever it read.
-__device__ __forceinline__ DecodeTile find_tile(const DecodeBatch& p, int& split_shift) {
+__device__ __forceinline__ DecodeTile find_tile(const DecodeBatch& p, int part, int& split_shift) {
   __shared__ int tokens[kShrinkThreads], ranks[kShrinkThreads];
   const int thread = threadIdx.x;
   if (p.max_tokens > kShrinkThreads || p.num_slots > kShrinkThreads) {
     split_shift = read_split_shift(p);
-    return read_tile(p, blockIdx.x >> split_shift, 0, 0);
+    return read_tile(p, part >> split_shift, 0, 0);
   }
   const int num_tiles = __ldcg(p.header + kNumTiles);
   int4 candidates[SplitLimits::kCount + 1];
 #pragma unroll
   for (int shift = 0; shift <= SplitLimits::kCount; ++shift) {
-    const int tile = min(static_cast<int>(blockIdx.x >> shift), p.tile_capacity - 1);
+    const int tile = min(part >> shift, p.tile_capacity - 1);
     candidates[shift] = __ldcg(reinterpret_cast<const int4*>(p.tiles + tile));
   }
   if (thread < p.max_tokens) {
@@ -55,8 +56,7 @@ __device__ __forceinline__ DecodeTile find_tile(const DecodeBatch& p, int& split
   for (int shift = 1; shift <= SplitLimits::kCount; ++shift) {
     raw = split_shift == shift ? candidates[shift] : raw;
   }
-  if (raw.x < 0 || raw.x >= p.num_slots ||
-      static_cast<int>(blockIdx.x >> split_shift) >= p.tile_capacity) {
+  if (raw.x < 0 || raw.x >= p.num_slots || (part >> split_shift) >= p.tile_capacity) {
     return {-1, 0, 0, 0, -1};
   }
   const int entry = thread % kTileTokens;
@@ -97,13 +97,14 @@ __device__ __forceinline__ const T* shrink_row(const DecodeShrinkParams& p, int 
 
 template <typename T, int kBlocks, bool kVector>
 __device__ __forceinline__ void decode_shrink_body(const DecodeShrinkParams& p, const DecodeTile& t,
-                                                   int split, int split_shift, float* shared) {
+                                                   int group, int part, int split_shift,
+                                                   float* shared) {
   using Traits = DecodeShrinkTraits<kBlocks>;
   constexpr int kSteps = Traits::kSteps, kRows = Traits::kRows;
   constexpr int kPartialStride = Traits::kPartialStride;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4,
             q = lane % 4;
-  const int rows = t.rank * p.batch.num_slices, first_row = blockIdx.y * kRows;
+  const int rows = t.rank * p.batch.num_slices, first_row = group * kRows;
 
   const T* a_rows[2 * kBlocks];
   bool has_row[2 * kBlocks];
@@ -124,7 +125,7 @@ __device__ __forceinline__ void decode_shrink_body(const DecodeShrinkParams& p, 
 
   // Neighbouring warps take neighbouring 64-byte pieces of the same rows, so that DRAM sees long
   // runs.
-  const int steps = (p.batch.in_features + 31) / 32;
+  const int steps = (p.batch.in_features + 31) / 32, split = part & ((1 << split_shift) - 1);
   const int end = steps * (split + 1) >> split_shift;
   const int k_end = min(32 * end, p.batch.in_features);
   float acc[kBlocks][2][4] = {};
@@ -180,7 +181,7 @@ __device__ __forceinline__ void decode_shrink_body(const DecodeShrinkParams& p, 
   }
   __syncthreads();
   const int64_t stride = int64_t{p.batch.num_slices} * p.batch.max_rank;
-  float* out = p.batch.partial + (blockIdx.x * stride + first_row) * kTileTokens;
+  float* out = p.batch.partial + (part * stride + first_row) * kTileTokens;
   const int used = min(rows - first_row, kRows);
 #pragma unroll
   for (int i = thread; i < kRows * kTileTokens / 4; i += kShrinkThreads) {
@@ -210,18 +211,18 @@ __global__ void __launch_bounds__(kShrinkThreads, 2)
   // The kernel before this one may still be at work: what it writes must not be read, but what
   // will be read can be brought to L2. The plan may be among what it writes; as an address of a
   // prefetch, kept inside the tensors, the old one does no harm.
-  const auto split_of = [](int shift) {
-    return static_cast<int>(blockIdx.x & ((1u << shift) - 1));
-  };
+  // Row groups of a part are neighbours: so the CTAs that have work are the first ones of the grid,
+  // which go to different SMs.
+  const int part = blockIdx.x / p.row_groups, group = blockIdx.x % p.row_groups;
   int shift = 0;
-  DecodeTile t = find_tile(p.batch, shift);
+  DecodeTile t = find_tile(p.batch, part, shift);
   if constexpr (!kGeneral) {
     if (t.slot >= 0 && t.slot < p.batch.num_slots) {
-      const int steps = (p.batch.in_features + 31) / 32, split = split_of(shift);
+      const int steps = (p.batch.in_features + 31) / 32, split = part & ((1 << shift) - 1);
       const int k = 32 * (steps * split >> shift);
       const int bytes = 2 * min(min(32 * (steps * (split + 1) >> shift), p.batch.in_features) - k,
                                 p.prefetch_features);
-      const int row = blockIdx.y * kRows + threadIdx.x;
+      const int row = group * kRows + threadIdx.x;
       if (threadIdx.x < kRows && row < t.rank * p.batch.num_slices) {
         device::prefetch_l2(shrink_row<T>(p, t.slot, t.rank, row) + k, bytes);
       } else if (threadIdx.x >= kShrinkThreads - kTileTokens && t.token >= 0) {
@@ -233,11 +234,11 @@ __global__ void __launch_bounds__(kShrinkThreads, 2)
   device::grid_dependency_launch();
   const int guess = shift;
   shift = read_split_shift(p.batch);
-  t = read_tile(p.batch, blockIdx.x >> guess, t.slot, t.start);
+  t = read_tile(p.batch, part >> guess, t.slot, t.start);
   if (shift != guess) {
-    t = read_tile(p.batch, blockIdx.x >> shift, 0, 0);
+    t = read_tile(p.batch, part >> shift, 0, 0);
   }
-  if (t.slot < 0 || blockIdx.y * kRows >= t.rank * p.batch.num_slices) {
+  if (t.slot < 0 || group * kRows >= t.rank * p.batch.num_slices) {
     return;
   }
   bool vector = true;
@@ -249,12 +250,10 @@ __global__ void __launch_bounds__(kShrinkThreads, 2)
     }
   }
   if (vector) {
-    decode_shrink_body<T, kBlocks, true>(p, t, split_of(shift), shift, sums);
+    decode_shrink_body<T, kBlocks, true>(p, t, group, part, shift, sums);
   } else if constexpr (kGeneral) {
-    decode_shrink_body<T, kBlocks, false>(p, t, split_of(shift), shift, sums);
+    decode_shrink_body<T, kBlocks, false>(p, t, group, part, shift, sums);
   }
 }
-
-// kChunk: neighbouring ranks of B that a lane holds, 4 for pools of rank up to 16, else 8.
 
 }  // namespace lora_ext::cuda
