@@ -212,7 +212,7 @@ def test_the_routing_grows_with_the_pairs_alone(
     pairs, groups = num_tokens * top_k, num_slots * 128
     size = testing.moe_routing_size(pairs, groups)
     assert lora_ext.moe_routing_size(num_tokens, top_k, num_slots, 128) == size
-    assert size <= 16 + (5 if pairs <= 4096 else 9) * pairs + 1
+    assert size <= 16 + (5 if pairs <= 2048 else 9) * pairs + 1
     assert testing.max_moe_tiles(pairs, groups) <= pairs
 
 
