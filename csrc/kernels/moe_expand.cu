@@ -1,12 +1,14 @@
 // y += xa B^T for tiles of pairs of one (slot, expert): what moves is B, and y read and written.
 //
-// A warp serves one tile and 64 columns of one slice and needs no other warp, so there is no shared
-// memory and no barrier. The weights are the 16-row operand of the mma, eight pairs at a time its
-// columns. Row m of its 16 stands for column 8 g + i of the unit, so that a lane's results of the
-// four row blocks are eight neighbours in y, and 16 bytes; a lane holds neighbouring ranks of B, as
-// loaded, and the same ranks of xa, split into two 16-bit halves. B up to kHeld steps of ranks
-// stays in registers while the pairs pass, and the next eight rows of y are on their way meanwhile.
-// B and the first rows of y are asked for before the wait for the shrink.
+// A warp serves one tile and 64 columns of one slice and needs no other warp, so there is no
+// barrier. The weights are the 16-row operand of the mma, eight pairs at a time its columns. Row m
+// of its 16 stands for column 8 g + i of the unit, so that a lane's results of the four row blocks
+// are eight neighbours in y, and 16 bytes; a lane holds neighbouring ranks of B, as loaded, and the
+// same ranks of xa, split into two 16-bit halves. B up to kHeld steps of ranks comes by
+// asynchronous copies to shared memory, where the same lane reads it for every eight pairs: on its
+// way it takes no registers, and no cache either, which the shrink beside it leaves little of. The
+// next eight rows of y and of xa are on their way meanwhile. B and the first rows of y are asked
+// for before the wait for the shrink.
 #include "common/ptx.cuh"
 #include "common/vec.cuh"
 #include "kernels/moe_apply.h"
@@ -98,11 +100,38 @@ __device__ __forceinline__ void multiply(float (&acc)[4][4],
   }
 }
 
+// A lane's 2 * kChunk bytes in shared memory, by one access.
+template <typename T>
+__device__ __forceinline__ void read_chunk(device::Chunk<T, 4>& chunk, const unsigned char* from) {
+  const uint2 raw = *reinterpret_cast<const uint2*>(from);
+  chunk.words[0] = raw.x, chunk.words[1] = raw.y;
+}
+template <typename T>
+__device__ __forceinline__ void read_chunk(device::Chunk<T, 8>& chunk, const unsigned char* from) {
+  const uint4 raw = *reinterpret_cast<const uint4*>(from);
+  chunk.words[0] = raw.x, chunk.words[1] = raw.y, chunk.words[2] = raw.z, chunk.words[3] = raw.w;
+}
+template <typename T>
+__device__ __forceinline__ void write_chunk(unsigned char* to, const device::Chunk<T, 4>& chunk) {
+  *reinterpret_cast<uint2*>(to) = make_uint2(chunk.words[0], chunk.words[1]);
+}
+template <typename T>
+__device__ __forceinline__ void write_chunk(unsigned char* to, const device::Chunk<T, 8>& chunk) {
+  *reinterpret_cast<uint4*>(to) =
+      make_uint4(chunk.words[0], chunk.words[1], chunk.words[2], chunk.words[3]);
+}
+
+// Of a block: kHeld steps of eight columns for each lane.
+template <int kChunk, int kHeld>
+constexpr int held_bytes() {
+  return kMoeThreads * kHeld * 8 * kChunk * 2;
+}
+
 // As many CTAs on an SM as registers hold without spilling.
 template <typename T, typename Y, int kChunk, bool kAll>
 constexpr int expand_min_blocks() {
-  const int blocks = !kAll ? 3 : kChunk == 4 ? 6 : 4;
-  return blocks - (sizeof(Y) == 4 || (device::kNeedsScale<T> && kAll) ? 1 : 0);
+  const int fewer = sizeof(Y) == 4 ? kChunk == 4 ? 2 : 1 : device::kNeedsScale<T> ? 1 : 0;
+  return !kAll ? 3 - (sizeof(Y) == 4 ? 1 : 0) : (kChunk == 4 ? 6 : 4) - fewer;
 }
 
 // kChunk: neighbouring ranks that a lane holds, 4 for pools of rank up to 16, else 8. kAll: no slot
@@ -110,7 +139,9 @@ constexpr int expand_min_blocks() {
 template <typename T, typename Y, int kChunk, int kHeld, bool kAll, bool kVector>
 __global__ void __launch_bounds__(kMoeThreads, (expand_min_blocks<T, Y, kChunk, kAll>()))
     moe_expand_kernel(const __grid_constant__ ExpandParams p) {
-  constexpr int kSpan = 4 * kChunk;
+  constexpr int kSpan = 4 * kChunk, kSlotBytes = kMoeThreads * kChunk * 2;
+  extern __shared__ __align__(1024) unsigned char copies[];
+  unsigned char* const own = copies + threadIdx.x * kChunk * 2;  // [step][column][thread]
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   int unit = blockIdx.x * kMoeWarps + threadIdx.x / 32, slice = 0;
   while (slice < p.num_slices && unit >= p.slices[slice].units) {
@@ -141,7 +172,6 @@ __global__ void __launch_bounds__(kMoeThreads, (expand_min_blocks<T, Y, kChunk, 
     const int64_t row_stride = s.row_stride;
     const T* b = static_cast<const T*>(s.b) + tile.slot * s.slot_stride +
                  tile.expert * s.expert_stride + (s.first_row + column) * row_stride;
-    device::Chunk<T, kChunk> weights[kHeld][8];
     const auto load_weights = [&](device::Chunk<T, kChunk>(&to)[8], int j) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
@@ -151,8 +181,28 @@ __global__ void __launch_bounds__(kMoeThreads, (expand_min_blocks<T, Y, kChunk, 
     };
 #pragma unroll
     for (int step = 0; step < kHeld; ++step) {
-      load_weights(weights[step], step * kSpan);
+      if constexpr (kVector) {
+        const int j = step * kSpan + q * kChunk, valid = min(max(rank - j, 0), kChunk);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          unsigned char* to = own + (8 * step + i) * kSlotBytes;
+          const int bytes = column + i < width ? 2 * valid : 0;
+          if constexpr (kChunk == 8) {
+            device::copy_async_16(to, b + i * row_stride + j, bytes);
+          } else {
+            device::copy_async_8(to, b + i * row_stride + j, bytes);
+          }
+        }
+      } else {
+        device::Chunk<T, kChunk> weights[8];
+        load_weights(weights, step * kSpan);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          write_chunk(own + (8 * step + i) * kSlotBytes, weights[i]);
+        }
+      }
     }
+    device::copy_async_commit();
     // The tile's pairs, two to a lane; -1: none.
     int pairs[2];
 #pragma unroll
@@ -178,25 +228,37 @@ __global__ void __launch_bounds__(kMoeThreads, (expand_min_blocks<T, Y, kChunk, 
     load_y(0);
     device::grid_dependency_wait();
 
+    device::copy_async_wait<0>();
+
     const int rounds = (tile.count + kRound - 1) / kRound;
-    for (int round = 0; round < rounds; ++round) {
-      const int pair = pair_of(round, g);
-      const float* xa = p.xa + max(pair, 0) * p.xa_row_stride + slice * p.xa_rank_stride;
-      const int xa_rank = pair >= 0 ? rank : 0;
+    struct {
+      const float* row;
+      int rank;
       float values[kHeld][kChunk];
+    } next_xa, xa;
+    const auto load_next_xa = [&](int round) {
+      const int pair = pair_of(round, g);
+      next_xa.row = p.xa + max(pair, 0) * p.xa_row_stride + slice * p.xa_rank_stride;
+      next_xa.rank = pair >= 0 ? rank : 0;
 #pragma unroll
       for (int step = 0; step < kHeld; ++step) {
-        load_xa<kChunk>(values[step], p, xa, step * kSpan + q * kChunk, xa_rank);
+        load_xa<kChunk>(next_xa.values[step], p, next_xa.row, step * kSpan + q * kChunk,
+                        next_xa.rank);
       }
+    };
+    load_next_xa(0);
+    for (int round = 0; round < rounds; ++round) {
+      xa = next_xa;
       device::Outputs<Y> outputs[2] = {next[0], next[1]};
       if (round + 1 < rounds) {
         load_y(round + 1);
+        load_next_xa(round + 1);
       }
       int max_bits = 0;
       if constexpr (device::kNeedsScale<T>) {
-        for (int j = q * kChunk; j < xa_rank; j += kSpan) {
+        for (int j = q * kChunk; j < xa.rank; j += kSpan) {
           float part[kChunk];
-          load_xa<kChunk>(part, p, xa, j, xa_rank);
+          load_xa<kChunk>(part, p, xa.row, j, xa.rank);
 #pragma unroll
           for (int e = 0; e < kChunk; ++e) {
             max_bits = max(max_bits, __float_as_int(fabsf(part[e])));
@@ -210,14 +272,19 @@ __global__ void __launch_bounds__(kMoeThreads, (expand_min_blocks<T, Y, kChunk, 
 #pragma unroll
       for (int step = 0; step < kHeld; ++step) {
         if (step == 0 || step * kSpan < rank) {
-          multiply<T, kChunk>(acc, weights[step], values[step], scale);
+          device::Chunk<T, kChunk> weights[8];
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            read_chunk(weights[i], own + (8 * step + i) * kSlotBytes);
+          }
+          multiply<T, kChunk>(acc, weights, xa.values[step], scale);
         }
       }
       for (int j = kHeld * kSpan; !kAll && j < rank; j += kSpan) {
         device::Chunk<T, kChunk> more[8];
         float part[kChunk];
         load_weights(more, j);
-        load_xa<kChunk>(part, p, xa, j + q * kChunk, xa_rank);
+        load_xa<kChunk>(part, p, xa.row, j + q * kChunk, xa.rank);
         multiply<T, kChunk>(acc, more, part, scale);
       }
 #pragma unroll
@@ -263,16 +330,25 @@ bool is_vector(const MoeApplyParams& p, int chunk) {
 }
 
 template <typename T, typename Y>
-cudaError_t launch(const ExpandParams& params, const MoeApplyParams& p, const LaunchShape& shape) {
+cudaError_t launch(const ExpandParams& params, const MoeApplyParams& p, LaunchShape shape) {
   // The order of the sum over ranks follows from kChunk, so that depends on the ranks alone.
-  const bool narrow = p.max_rank <= 16;
-  const auto kernel = is_vector(p, narrow ? 4 : 8)
-                          ? narrow             ? moe_expand_kernel<T, Y, 4, 1, true, true>
-                            : p.max_rank <= 64 ? moe_expand_kernel<T, Y, 8, 2, true, true>
-                                               : moe_expand_kernel<T, Y, 8, 1, false, true>
-                      : narrow ? moe_expand_kernel<T, Y, 4, 1, true, false>
-                               : moe_expand_kernel<T, Y, 8, 1, false, false>;
-  return launch_kernel(kernel, shape, p.stream, params);
+  const bool narrow = p.max_rank <= 16, vector = is_vector(p, narrow ? 4 : 8);
+  if (narrow) {
+    shape.shared_bytes = held_bytes<4, 1>();
+    return launch_kernel(vector ? moe_expand_kernel<T, Y, 4, 1, true, true>
+                                : moe_expand_kernel<T, Y, 4, 1, true, false>,
+                         shape, p.stream, params);
+  }
+  if (p.max_rank <= 64) {
+    shape.shared_bytes = held_bytes<8, 2>();
+    return launch_kernel(vector ? moe_expand_kernel<T, Y, 8, 2, true, true>
+                                : moe_expand_kernel<T, Y, 8, 2, true, false>,
+                         shape, p.stream, params);
+  }
+  shape.shared_bytes = held_bytes<8, 1>();
+  return launch_kernel(vector ? moe_expand_kernel<T, Y, 8, 1, false, true>
+                              : moe_expand_kernel<T, Y, 8, 1, false, false>,
+                       shape, p.stream, params);
 }
 
 }  // namespace

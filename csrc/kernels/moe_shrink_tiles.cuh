@@ -1,0 +1,352 @@
+// The two ways in which a CTA of moe_shrink computes its rows of a tile: see moe_shrink.cu.
+#pragma once
+
+#include "common/ptx.cuh"
+#include "common/vec.cuh"
+#include "kernels/moe_apply.h"
+
+namespace lora_ext::cuda {
+
+// Up to so many the sums of all pairs fit a warp's registers, so that the warps can divide K.
+constexpr int kFewPairs = 16;
+constexpr int kCachedSlots = kMoeThreads;  // ranks that are fetched before the tile is known
+
+struct MoeShrinkMatrix {
+  const void* a;
+  int64_t slot_stride, expert_stride, row_stride;
+};
+// Only what the kernel reads, the parameter bank being cold at every launch.
+struct alignas(64) MoeShrinkParams {
+  MoeRouting routing;
+  const int32_t* ranks;
+  const float* scalings;
+  const void *x, *topk_weights;
+  float* xa;
+  int64_t x_stride, xa_row_stride, xa_plane;
+  int32_t x_divisor, num_slots, num_experts, num_pairs, in_features, max_rank;
+  int32_t xa_rank_stride, num_slices, splits, split_features, blocks_per_matrix;
+  bool packed, float_weights;
+  MoeShrinkMatrix matrices[kMaxSlices];  // one where A is packed
+};
+
+struct MoeShrinkShared {
+  int ranks[kCachedSlots];
+  int pairs[kMoeTilePairs];  // -1: none
+  float scales[kMoeTilePairs];
+};
+
+// kRowBlocks: blocks of 16 rows that a CTA computes; kManyBlocks: where pairs are many.
+template <int kRowBlocks, bool kWide>
+struct MoeShrinkTraits {
+  static constexpr int kRows = 16 * kRowBlocks;
+  static constexpr int kStride = kRows + 4;  // no two lanes of a store or load share a bank
+  using Sums = float[16][kStride];           // of a warp
+  static constexpr int kManyBlocks = kWide ? 2 * kRowBlocks : kRowBlocks;
+  // Four steps of many pairs; three where rows are many: with more bytes on their way the large
+  // batches, of few pairs a tile, take 2 % longer.
+  static constexpr int kSharedBytes = (kWide ? 3 : 4) * (16 * kManyBlocks + kMoeTilePairs) * 128;
+  static_assert(kMoeWarps * static_cast<int>(sizeof(Sums)) <= kSharedBytes);
+};
+
+struct MoeShrinkWork {
+  int count, rank;
+  int matrix, row0, rows;  // rows of the whole matrix
+  int k_begin, k_end, split;
+};
+
+// Few pairs: kBlocks blocks of 8. Neighbouring warps take neighbouring 64-byte pieces of the same
+// rows, so that DRAM sees runs, and copy them, some steps ahead, to where the same lane reads them:
+// no barrier stands between a copy and its use, and loads in flight take no registers.
+template <typename T, int kRowBlocks, int kBlocks, int kBufferBytes, bool kVector>
+__device__ __forceinline__ void shrink_few(const MoeShrinkParams& p, const MoeShrinkWork& work,
+                                           const T* a, int64_t a_stride, MoeShrinkShared& shared,
+                                           unsigned char* buffer) {
+  using Traits = MoeShrinkTraits<kRowBlocks, false>;
+  constexpr int kWeights = 2 * kRowBlocks, kChunks = kWeights + kBlocks;  // of a lane in a step
+  constexpr int kSlotBytes = kMoeThreads * 16, kStageBytes = kChunks * kSlotBytes;
+  constexpr int kStages = kBufferBytes / kStageBytes, kStepFeatures = 32 * kMoeWarps;
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4,
+            q = lane % 4;
+  unsigned char* const own = buffer + thread * 16;
+  const auto copy = [&](unsigned char* to, const T* row, int k, bool exists) {
+    if constexpr (kVector) {
+      device::copy_async_16(to, row + k, exists && k < work.k_end ? 16 : 0);
+    } else {
+      device::Chunk<T, 8> values;
+      device::load_scalars(values, row + k, exists ? work.k_end - k : 0);
+      *reinterpret_cast<uint4*>(to) =
+          make_uint4(values.words[0], values.words[1], values.words[2], values.words[3]);
+    }
+  };
+  const int first_row = work.row0 + g, k_lane = work.k_begin + 32 * warp + 8 * q;
+  const int steps = (work.k_end - work.k_begin + kStepFeatures - 1) / kStepFeatures;
+  const auto copy_weights = [&](int step, unsigned char* to) {
+    const T* row = a + first_row * a_stride;
+#pragma unroll
+    for (int i = 0; i < kWeights; ++i) {
+      copy(to + i * kSlotBytes, row, k_lane + kStepFeatures * step, first_row + 8 * i < work.rows);
+      row += 8 * a_stride;
+    }
+  };
+  const T* tokens[kBlocks];
+  const auto copy_tokens = [&](int step, unsigned char* to) {
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+      copy(to + (kWeights + n) * kSlotBytes, tokens[n], k_lane + kStepFeatures * step,
+           tokens[n] != nullptr);
+    }
+  };
+  const int ahead = min(kStages - 1, steps);
+#pragma unroll 1
+  for (int step = 0; step < ahead; ++step) {
+    copy_weights(step, own + step * kStageBytes);
+  }
+  __syncthreads();  // the tile's pairs, on their way behind the first weights
+#pragma unroll
+  for (int n = 0; n < kBlocks; ++n) {
+    const int pair = shared.pairs[8 * n + g];
+    tokens[n] = pair >= 0
+                    ? static_cast<const T*>(p.x) +
+                          static_cast<int>(static_cast<unsigned>(pair) / p.x_divisor) * p.x_stride
+                    : nullptr;
+  }
+#pragma unroll 1
+  for (int step = 0; step < kStages - 1; ++step) {
+    if (step < ahead) {
+      copy_tokens(step, own + step * kStageBytes);
+    }
+    device::copy_async_commit();
+  }
+  float acc[kRowBlocks][kBlocks][4] = {};
+  int fill_at = (kStages - 1) * kStageBytes, use_at = 0;
+  const auto read = [&](uint32_t(&words)[4], int slot) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(own + use_at + slot * kSlotBytes);
+    words[0] = raw.x, words[1] = raw.y, words[2] = raw.z, words[3] = raw.w;
+  };
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    if (step + kStages - 1 < steps) {
+      copy_weights(step + kStages - 1, own + fill_at);
+      copy_tokens(step + kStages - 1, own + fill_at);
+    }
+    device::copy_async_commit();
+    device::copy_async_wait<kStages - 1>();
+    uint32_t x[kBlocks][4];
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+      read(x[n], kWeights + n);
+    }
+#pragma unroll
+    for (int block = 0; block < kRowBlocks; ++block) {
+      uint32_t upper[4], lower[4];
+      read(upper, 2 * block);
+      read(lower, 2 * block + 1);
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+        for (int w = 0; w < 4; w += 2) {
+          device::mma<T>(acc[block][n], upper[w], lower[w], upper[w + 1], lower[w + 1], x[n][w],
+                         x[n][w + 1]);
+        }
+      }
+    }
+    fill_at = use_at;
+    use_at += kStageBytes;
+    use_at = use_at < kStages * kStageBytes ? use_at : 0;
+  }
+  __syncthreads();  // the buffer is for the sums now
+  auto* partial = reinterpret_cast<typename Traits::Sums*>(buffer);
+
+  // The sum over the warps, up to 16 pairs at a time.
+  constexpr int kRound = kBlocks == 1 ? 8 : 16, kQuads = Traits::kRows / 4;
+  float* out = p.xa + work.split * p.xa_plane;
+#pragma unroll
+  for (int n0 = 0; n0 < kBlocks; n0 += kRound / 8) {
+    if (8 * n0 >= work.count) {
+      break;
+    }
+#pragma unroll
+    for (int n = n0; n < n0 + kRound / 8; ++n) {
+#pragma unroll
+      for (int block = 0; block < kRowBlocks; ++block) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          partial[warp][8 * (n - n0) + 2 * q + e % 2][16 * block + 8 * (e / 2) + g] =
+              acc[block][n][e];
+        }
+      }
+    }
+    __syncthreads();
+    for (int i = thread; i < kRound * kQuads; i += kMoeThreads) {
+      const int token = i / kQuads, row = work.row0 + i % kQuads * 4;
+      const int pair = shared.pairs[8 * n0 + token];
+      if (pair < 0 || row >= work.rows) {
+        continue;
+      }
+      float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+      for (int w = 0; w < kMoeWarps; ++w) {
+        const float4 part = *reinterpret_cast<const float4*>(&partial[w][token][i % kQuads * 4]);
+        sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+      }
+      const float scale = shared.scales[8 * n0 + token];
+      sum = make_float4(sum.x * scale, sum.y * scale, sum.z * scale, sum.w * scale);
+      float* to = out + pair * p.xa_row_stride;
+      if (!p.packed) {  // what lies behind the rank is 0
+        *reinterpret_cast<float4*>(to + work.matrix * p.xa_rank_stride + row) = sum;
+      } else if (work.rank % 4 == 0) {
+        const int slice = row / work.rank;
+        *reinterpret_cast<float4*>(to + slice * p.xa_rank_stride + row - slice * work.rank) = sum;
+      } else {
+        const float values[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int slice = (row + e) / work.rank;
+          if (row + e < work.rows) {
+            to[slice * p.xa_rank_stride + row + e - slice * work.rank] = values[e];
+          }
+        }
+      }
+    }
+    __syncthreads();
+  }
+}
+
+// Many pairs: x is what moves, or both from L2. Steps of 64 values of K pass through shared memory,
+// several ahead; no warp reads what another one could have read for it. Warps share the rows, two
+// to a block of them, and the pairs, 16 at a time in turn.
+template <typename T, int kBlocks, int kBufferBytes, bool kVector>
+__device__ __forceinline__ void shrink_many(const MoeShrinkParams& p, const MoeShrinkWork& work,
+                                            const T* a, int64_t a_stride, MoeShrinkShared& shared,
+                                            unsigned char* buffer) {
+  constexpr int kPiece = 64;  // values of K, 128 bytes of a row, which the swizzle spans
+  constexpr int kStageBytes = (16 * kBlocks + kMoeTilePairs) * kPiece * 2;
+  constexpr int kStages = kBufferBytes / kStageBytes;
+  constexpr int kCopyRows = kMoeThreads / 8, kCopiesX = kMoeTilePairs / kCopyRows;
+  constexpr int kRowGroups = kBlocks == 1 ? 1 : 2, kPairGroups = kMoeWarps / kRowGroups;
+  constexpr int kOwnBlocks = kBlocks / kRowGroups, kOwnPairs = kMoeTilePairs / 16 / kPairGroups;
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4,
+            q = lane % 4;
+  // The rows that this thread copies are fixed: only an offset moves.
+  const int chunk = thread % 8, row = thread / 8;
+  const int swizzled = (row * 8 + (chunk ^ row % 8)) * 16;
+  const T* x_rows[kCopiesX];
+#pragma unroll
+  for (int i = 0; i < kCopiesX; ++i) {
+    const int pair = shared.pairs[row + kCopyRows * i];
+    x_rows[i] = pair >= 0
+                    ? static_cast<const T*>(p.x) +
+                          static_cast<int>(static_cast<unsigned>(pair) / p.x_divisor) * p.x_stride +
+                          8 * chunk
+                    : nullptr;
+  }
+  const T* a_row = a + (work.row0 + row) * a_stride + 8 * chunk;
+  const auto copy = [&](unsigned char* to, const T* from, int k) {
+    if constexpr (kVector) {
+      device::copy_async_16(to, from + k, k + 8 * chunk < work.k_end ? 16 : 0);
+    } else {
+      device::Chunk<T, 8> values;
+      device::load_scalars(values, from + k, work.k_end - k - 8 * chunk);
+      *reinterpret_cast<device::Chunk<T, 8>*>(to) = values;
+    }
+  };
+  const int row_group = warp % kRowGroups, pair_group = warp / kRowGroups;
+  float acc[kOwnBlocks][2 * kOwnPairs][4] = {};
+  int fill_at = 0, use_at = 0, k = work.k_begin;
+  const int steps = (work.k_end - work.k_begin + kPiece - 1) / kPiece;
+#pragma unroll 1
+  for (int step = 1 - kStages; step < steps; ++step) {
+    if (step >= 0) {
+      device::copy_async_wait<kStages - 2>();
+      __syncthreads();  // this step's data are there, and every warp is done with the stage that is
+                        // filled next
+    }
+    if (k < work.k_end) {
+      unsigned char* to = buffer + fill_at + swizzled;
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) {
+        if (work.row0 + row + kCopyRows * i < work.rows) {
+          copy(to + kCopyRows * i * 128, a_row + kCopyRows * i * a_stride, k);
+        }
+      }
+      to += kBlocks * 16 * 128;
+#pragma unroll
+      for (int i = 0; i < kCopiesX; ++i) {
+        if (x_rows[i] != nullptr) {
+          copy(to + kCopyRows * i * 128, x_rows[i], k);
+        }
+      }
+      k += kPiece;
+    }
+    device::copy_async_commit();
+    fill_at += kStageBytes;
+    fill_at = fill_at < kStages * kStageBytes ? fill_at : 0;
+    if (step < 0) {
+      continue;
+    }
+    const unsigned char* weights = buffer + use_at;
+    const unsigned char* tokens = weights + kBlocks * 16 * 128;
+#pragma unroll
+    for (int kk = 0; kk < kPiece / 16; ++kk) {
+      uint32_t w[kOwnBlocks][4];
+#pragma unroll
+      for (int b = 0; b < kOwnBlocks; ++b) {
+        const int r = 16 * (row_group * kOwnBlocks + b) + lane % 16;
+        device::ldmatrix_x4(w[b], weights + (r * 8 + ((2 * kk + lane / 16) ^ r % 8)) * 16);
+      }
+#pragma unroll
+      for (int n = 0; n < kOwnPairs; ++n) {
+        const int first = 16 * (n * kPairGroups + pair_group);
+        if (first < work.count) {
+          uint32_t t[4];
+          const int r = first + lane / 16 * 8 + lane % 8;
+          device::ldmatrix_x4(t, tokens + (r * 8 + ((2 * kk + lane / 8 % 2) ^ r % 8)) * 16);
+#pragma unroll
+          for (int b = 0; b < kOwnBlocks; ++b) {
+            device::mma<T>(acc[b][2 * n], w[b][0], w[b][1], w[b][2], w[b][3], t[0], t[1]);
+            device::mma<T>(acc[b][2 * n + 1], w[b][0], w[b][1], w[b][2], w[b][3], t[2], t[3]);
+          }
+        }
+      }
+    }
+    use_at += kStageBytes;
+    use_at = use_at < kStages * kStageBytes ? use_at : 0;
+  }
+  float* out = p.xa + work.split * p.xa_plane;
+  int columns[kOwnBlocks][2];
+#pragma unroll
+  for (int b = 0; b < kOwnBlocks; ++b) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int r = work.row0 + 16 * (row_group * kOwnBlocks + b) + 8 * h + g;
+      const int slice = p.packed ? r / work.rank : work.matrix;
+      columns[b][h] =
+          r < work.rows ? slice * p.xa_rank_stride + (p.packed ? r - slice * work.rank : r) : -1;
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < 2 * kOwnPairs; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int at = 16 * (n / 2 * kPairGroups + pair_group) + n % 2 * 8 + 2 * q + e;
+      const int pair = shared.pairs[at];
+      if (pair >= 0) {
+        const float scale = shared.scales[at];
+        float* to = out + pair * p.xa_row_stride;
+#pragma unroll
+        for (int b = 0; b < kOwnBlocks; ++b) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            if (columns[b][h] >= 0) {
+              to[columns[b][h]] = acc[b][n][2 * h + e] * scale;
+            }
+          }
+        }
+      }
+    }
+  }
+  device::copy_async_wait<0>();
+  __syncthreads();  // the pairs and the buffer are filled again
+}
+
+}  // namespace lora_ext::cuda
