@@ -144,9 +144,9 @@ def test_the_shrink_covers_its_rows(**shape: int) -> None:
 )
 def test_the_shrink_by_wgmma_takes_what_the_chip_has(**shape: int) -> None:
     config = testing.shrink_wgmma_config(**shape)
-    assert config.rows in (32, 64, 128, 192)
-    assert config.rows == 64 or config.rows < shape["rows"] + 64  # no block is mostly padding
-    assert 1 <= config.cluster <= 8
+    assert config.rows in (16, 32, 48, 64, 128, 192)
+    assert config.rows < shape["rows"] + 64  # no block is mostly padding
+    assert 1 <= config.cluster <= 8 or config.cluster == 16
     assert config.cluster == 1 or shape["in_features"] >= 512 * config.cluster
     del shape["in_features"], shape["rows"]
     clusters = testing.shrink_clusters(**shape)
@@ -160,9 +160,9 @@ def test_the_shrink_by_wgmma_takes_what_the_chip_has(**shape: int) -> None:
     [
         (512, 192, (64, 8)),
         (2048, 192, (192, 5)),
-        (2048, 48, (64, 5)),
+        (2048, 48, (48, 5)),
         (8192, 192, (192, 2)),
-        (8192, 16, (32, 2)),
+        (8192, 16, (16, 2)),
         (16384, 64, (64, 1)),
     ],
 )
@@ -173,6 +173,50 @@ def test_the_shrink_by_wgmma_fills_an_h200(
         num_tokens=num_tokens, num_slots=16, in_features=4096, rows=rows, sm_count=132
     )
     assert (config.rows, config.cluster) == expected
+
+
+@given(
+    num_tokens=st.integers(257, 40_000),
+    num_slots=SLOTS,
+    in_features=st.integers(1, 20_000),
+    rows=st.integers(1, 64).map(lambda n: 16 * n),
+    sm_count=SM_COUNTS,
+    data=st.data(),
+)
+def test_xa_by_tiles_has_all_steps_once(data: st.DataObject, **shape: int) -> None:
+    layout = testing.xa_layout(**shape)
+    elements = testing.xa_elements(**shape)
+    tile_elements = testing.WIDE_TILE_TOKENS * shape["rows"]
+    most = testing.max_tiles(shape["num_tokens"], shape["num_slots"], testing.WIDE_TILE_TOKENS)
+    assert elements >= most * tile_elements
+    assert 64 * layout.steps >= shape["in_features"] > 64 * (layout.steps - 1)
+    if most <= layout.whole_tiles or layout.parts == 0:
+        return
+    tiles = data.draw(st.integers(layout.whole_tiles + 1, most))
+    places = set()
+    step = 0
+    for part in range(layout.parts):
+        assert layout.begin(tiles, part) == step
+        end = layout.begin(tiles, part + 1)
+        if end == step:
+            continue
+        assert layout.part_of(tiles, step) == layout.part_of(tiles, end - 1) == part
+        for tile in range(step // layout.steps, -(-end // layout.steps)):
+            place = layout.place(part, tile)
+            assert place not in places
+            assert (place + 1) * tile_elements <= elements
+            places.add(place)
+        step = end
+    assert step == tiles * layout.steps
+
+
+def test_the_columns_of_a_row_of_xa_are_those_of_a_matrix_product() -> None:
+    columns = [testing.XaLayout.column(position) for position in range(32)]
+    assert sorted(columns) == list(range(32))
+    for lane in range(4):
+        first = 2 * lane
+        assert columns[4 * lane : 4 * lane + 4] == [first, first + 1, first + 8, first + 9]
+    assert [testing.XaLayout.padded(rank) for rank in (1, 16, 17, 64)] == [16, 16, 32, 64]
 
 
 def test_the_expand_streams_where_its_registers_hold_the_ranks() -> None:

@@ -57,6 +57,40 @@ struct PlanParams {
   void* stream;
 };
 
+// How the wide shrink of an apply leaves xa for the expand: [place of a tile][token][columns]. In a
+// row each slice has room for its rank rounded up to 16, and of every 16 columns those that a lane
+// of a matrix product holds lie side by side: 2 q, 2 q + 1, 2 q + 8, 2 q + 9. Up to whole_tiles
+// tiles, a tile's place is its number. Of more, all tiles by all steps of K are cut into equal
+// parts across tiles; each part has a place of its own for what it has summed up of a tile.
+struct XaLayout {
+  bool by_tile;  // else xa is a tensor with a row for each token
+  int32_t most_tiles, whole_tiles;
+  int32_t parts;  // 0: tiles are never cut
+  int32_t steps;  // of K, a tile
+
+  struct Cut {
+    int32_t each, longer;  // the first `longer` parts have one step more
+    LORA_EXT_HOST_DEVICE int begin(int part) const {
+      return each * part + (part < longer ? part : longer);
+    }
+    LORA_EXT_HOST_DEVICE int part_of(int step) const {
+      const int in_longer = longer * (each + 1);
+      return step < in_longer ? step / (each + 1) : longer + (step - in_longer) / each;
+    }
+  };
+  LORA_EXT_HOST_DEVICE Cut cut(int num_tiles) const {
+    const int items = num_tiles * steps;
+    return {items / parts, items % parts};
+  }
+  // Grows from one part or tile to the next, so no two are at one place.
+  LORA_EXT_HOST_DEVICE static int place(int part, int tile) { return part + tile; }
+  LORA_EXT_HOST_DEVICE static int padded(int rank) { return (rank + 15) / 16 * 16; }
+  LORA_EXT_HOST_DEVICE static int column(int position) {
+    const int e = position % 4;
+    return position / 16 * 16 + position % 16 / 4 * 2 + e % 2 + e / 2 * 8;
+  }
+};
+
 // xa[t, i * r + j] = scaling * sum_k x[t, k] * A[j, k], for the slot of token t.
 struct ShrinkParams {
   const void* x;  // [T, K]
@@ -71,6 +105,7 @@ struct ShrinkParams {
   int32_t num_slices, max_rank;
   void* xa;  // [T, S * R] fp32 (fp64 where dtype is)
   int64_t xa_stride;
+  XaLayout layout;
   bool fill;  // write 0 where no adapter reaches; else those elements are left as they are
   void* stream;
 };
@@ -79,6 +114,7 @@ struct ShrinkParams {
 struct ExpandParams {
   const void* xa;  // [T, S * R] fp32 (fp64 where dtype is)
   int64_t xa_stride;
+  XaLayout layout;
   void* y;  // [T, >= sum N_i]
   int64_t y_stride;
   DType dtype, y_dtype;  // of B, of y

@@ -41,9 +41,13 @@ __device__ __forceinline__ void wgmma_wait() {
 template <typename T, int kColumns>
 __device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], uint64_t a, uint64_t b);
 
+#define LORA_EXT_REGISTERS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define LORA_EXT_REGISTERS_16        \
   "%0, %1, %2, %3, %4, %5, %6, %7, " \
   "%8, %9, %10, %11, %12, %13, %14, %15"
+#define LORA_EXT_REGISTERS_24 \
+  LORA_EXT_REGISTERS_16       \
+  ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define LORA_EXT_REGISTERS_32                  \
   LORA_EXT_REGISTERS_16                        \
   ", %16, %17, %18, %19, %20, %21, %22, %23, " \
@@ -68,6 +72,7 @@ __device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], uint64_t a, uint
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
 #define LORA_EXT_SUMS_16(i) LORA_EXT_SUMS_8(i), LORA_EXT_SUMS_8(i + 8)
+#define LORA_EXT_SUMS_24(i) LORA_EXT_SUMS_16(i), LORA_EXT_SUMS_8(i + 16)
 #define LORA_EXT_SUMS_32(i) LORA_EXT_SUMS_16(i), LORA_EXT_SUMS_16(i + 16)
 #define LORA_EXT_SUMS_64(i) LORA_EXT_SUMS_32(i), LORA_EXT_SUMS_32(i + 32)
 #define LORA_EXT_SUMS_96(i) LORA_EXT_SUMS_64(i), LORA_EXT_SUMS_32(i + 64)
@@ -82,6 +87,10 @@ __device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], uint64_t a, uint
         : LORA_EXT_SUMS_##registers(0)                                                             \
         : "l"(a), "l"(b));                                                                         \
   }
+LORA_EXT_WGMMA(__nv_bfloat16, "bf16", 16, 8, "%8", "%9")
+LORA_EXT_WGMMA(__half, "f16", 16, 8, "%8", "%9")
+LORA_EXT_WGMMA(__nv_bfloat16, "bf16", 48, 24, "%24", "%25")
+LORA_EXT_WGMMA(__half, "f16", 48, 24, "%24", "%25")
 LORA_EXT_WGMMA(__nv_bfloat16, "bf16", 32, 16, "%16", "%17")
 LORA_EXT_WGMMA(__half, "f16", 32, 16, "%16", "%17")
 LORA_EXT_WGMMA(__nv_bfloat16, "bf16", 64, 32, "%32", "%33")

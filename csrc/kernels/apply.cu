@@ -3,6 +3,7 @@
 #include "kernels/decode_shrink.cuh"
 #include "kernels/kernels.h"
 #include "kernels/launch.cuh"
+#include "kernels/shrink_wgmma.h"
 
 namespace lora_ext::cuda {
 namespace {
@@ -118,8 +119,11 @@ cudaError_t decode_expand(const ApplyParams& p, const ApplyConfig& config, bool 
 int64_t apply_workspace(const ApplyParams& p) {
   const ApplyConfig config = config_of(p);
   const int64_t columns = int64_t{p.slices.count} * p.max_rank;
-  return config.decode ? config.split_limits.most_parts(num_tiles(p)) * columns * kTileTokens
-                       : p.num_tokens * columns;
+  if (config.decode) {
+    return config.split_limits.most_parts(num_tiles(p)) * columns * kTileTokens;
+  }
+  // Without regard to how the tensors lie: the halves of an apply know different ones of them.
+  return std::max(p.num_tokens * columns, shrink_layout_elements(shrink_of(p)));
 }
 
 int apply_shrink(const ApplyParams& p) {
@@ -138,8 +142,20 @@ int apply_expand(const ApplyParams& p, bool after_shrink) {
 }
 
 int apply(const ApplyParams& p) {
-  const int error = apply_shrink(p);
-  return error != 0 ? error : apply_expand(p, true);
+  if (config_of(p).decode) {
+    const int error = apply_shrink(p);
+    return error != 0 ? error : apply_expand(p, true);
+  }
+  ShrinkParams down = shrink_of(p);
+  ExpandParams up = expand_of(p);
+  up.after_xa = p.dtype != DType::kFloat32;
+  const XaLayout layout = expand_reads_tiles(up) ? shrink_layout(down) : XaLayout{};
+  if (layout.by_tile) {
+    down.layout = up.layout = layout;
+    down.xa_stride = up.xa_stride = int64_t{p.slices.count} * XaLayout::padded(p.max_rank);
+  }
+  const int error = shrink(down);
+  return error != 0 ? error : expand(up);
 }
 
 }  // namespace lora_ext::cuda

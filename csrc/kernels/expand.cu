@@ -12,6 +12,7 @@
 #include "kernels/heuristics.h"
 #include "kernels/kernels.h"
 #include "kernels/launch.cuh"
+#include "kernels/shrink_wgmma.h"
 
 namespace lora_ext::cuda {
 namespace {
@@ -406,6 +407,12 @@ cudaError_t launch_expand(const ExpandParams& p) {
 
 }  // namespace
 
+bool expand_reads_tiles(const ExpandParams& p) {
+  return p.dtype != DType::kFloat32 && expand_streams(p.num_tokens, p.max_rank) &&
+         vector_outputs(p) && p.b.slot_offsets == nullptr &&
+         is_multiple(p.b, p.slices.count, 8, 16);
+}
+
 int expand(const ExpandParams& p) {
   if (p.dtype == DType::kFloat32) {
     const auto blocks = static_cast<unsigned>(p.num_tokens);
@@ -425,8 +432,7 @@ int expand(const ExpandParams& p) {
   const bool narrow =
       expand_is_narrow(p.num_tokens, p.plan.num_slots, p.slices.offset[p.slices.count],
                        device_properties().sm_count);
-  const bool streams = expand_streams(p.num_tokens, p.max_rank) && vector_outputs(p) &&
-                       p.b.slot_offsets == nullptr && is_multiple(p.b, p.slices.count, 8, 16);
+  const bool streams = expand_reads_tiles(p);
   return dispatch_half_output(p.dtype, p.y_dtype, [&](auto t, auto y) {
     using T = typename decltype(t)::type;
     using Y = typename decltype(y)::type;

@@ -60,6 +60,21 @@ __device__ __forceinline__ TokenGroup token_group(const PlanView& plan, int inde
   return {only.slot, only.start, only.count, index, 1};
 }
 
+// Where xa of a tile's tokens lies: `parts` times, from the row first_row on.
+struct XaOfTile {
+  int first_row, parts;
+};
+
+__device__ __forceinline__ XaOfTile xa_of_tile(const XaLayout& layout, int tile, int num_tiles) {
+  if (layout.parts == 0 || num_tiles <= layout.whole_tiles) {
+    return {tile * kWideTileTokens, 1};
+  }
+  const XaLayout::Cut cut = layout.cut(num_tiles);
+  const int first = cut.part_of(tile * layout.steps);
+  const int last = cut.part_of((tile + 1) * layout.steps - 1);
+  return {XaLayout::place(first, tile) * kWideTileTokens, last - first + 1};
+}
+
 // Where a walk along the row of y is: columns [column, width) of a slice are yet to come.
 struct StreamPlace {
   int slice, start, column, width;
@@ -94,12 +109,14 @@ __device__ __forceinline__ StreamPlace stream_place(const Slices& slices, int st
 
 template <typename T, typename Y, int kSteps, int kSpans, int kStages>
 __device__ __forceinline__ void expand_group(const ExpandParams& p, const TokenGroup& group,
-                                             int rank, int first, int last, unsigned char* shared) {
+                                             int rank, int first, int last, int num_tiles,
+                                             unsigned char* shared) {
   using Traits = StreamTraits<Y, kSteps, kSpans, kStages>;
   constexpr int kChunks = Traits::kChunks, kStride = Traits::kStride;
   constexpr int kWeightRows = kStreamThreads / kChunks;  // that the block copies at once
   constexpr int kWeightCopies = (Traits::kColumns + kWeightRows - 1) / kWeightRows;
   constexpr int kPerChunk = 16 / sizeof(Y);
+  constexpr int kPartsAtOnce = kSteps == 1 ? 4 : kSteps == 2 ? 2 : 1;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4,
             q = lane % 4;
   // Warps beside each other along the row where one tile leaves half of them without tokens.
@@ -118,12 +135,6 @@ __device__ __forceinline__ void expand_group(const ExpandParams& p, const TokenG
   for (int i = 0; i < Traits::kCopies; ++i) {
     const int id = token_id(first_token + Traits::kCopyRows * i + row_of_copy);
     rows[i] = id >= 0 ? static_cast<Y*>(p.y) + id * p.y_stride + row_chunk * kPerChunk : nullptr;
-  }
-  const float* xa_rows[2];  // of the tokens 8 n + g
-#pragma unroll
-  for (int n = 0; n < 2; ++n) {
-    const int id = token_id(first_token + 8 * n + g);
-    xa_rows[n] = id >= 0 ? static_cast<const float*>(p.xa) + id * p.xa_stride : nullptr;
   }
 
   const int chunk = thread % kChunks, weight_row = thread / kChunks;
@@ -184,6 +195,18 @@ __device__ __forceinline__ void expand_group(const ExpandParams& p, const TokenG
   for (int s = 0; s < kStages - 1; ++s) {
     fetch();
   }
+
+  // xa of the tokens 8 n + g. Lanes without a token read another's: their products reach nobody.
+  const float* xa_rows[2];
+  const int tile = min(first_token / kWideTileTokens, group.tiles - 1);
+  const XaOfTile xa = xa_of_tile(p.layout, group.first_tile + tile, num_tiles);
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    const int token = min(first_token + 8 * n + g, group.count - 1);
+    const int64_t row = p.layout.by_tile ? int64_t{xa.first_row} + token - tile * kWideTileTokens
+                                         : max(token_id(token), 0);
+    xa_rows[n] = static_cast<const float*>(p.xa) + row * p.xa_stride;
+  }
   if (p.after_xa) {
     device::grid_dependency_wait();  // xa is all that the kernel before has written
   }
@@ -191,26 +214,70 @@ __device__ __forceinline__ void expand_group(const ExpandParams& p, const TokenG
   uint32_t high[2][kSteps][2], low[2][kSteps][2];
   float scales[4];  // fp16 only: of the tokens 8 n + 2 q + e
   const auto load_xa = [&](int slice) {
-    const bool pairs = p.xa_stride % 2 == 0 && slice * rank % 2 == 0 && device::is_aligned(p.xa, 8);
+    float2 sums[2][kSteps][2] = {};
+    if (p.layout.by_tile) {
+      const int64_t part_stride = kWideTileTokens * p.xa_stride;  // places of parts are neighbours
+#pragma unroll 1
+      for (int part = 0; part < xa.parts; part += kPartsAtOnce) {
+        float4 next[kPartsAtOnce][2][kSteps];  // at once, for each costs a trip to the L2
+#pragma unroll
+        for (int i = 0; i < kPartsAtOnce; ++i) {
+#pragma unroll
+          for (int n = 0; n < 2; ++n) {
+#pragma unroll
+            for (int kk = 0; kk < kSteps; ++kk) {
+              next[i][n][kk] = make_float4(0, 0, 0, 0);
+              if (16 * kk < rank && part + i < xa.parts) {
+                next[i][n][kk] = __ldcg(reinterpret_cast<const float4*>(
+                    xa_rows[n] + (part + i) * part_stride + slice * XaLayout::padded(rank) +
+                    16 * kk + 4 * q));
+              }
+            }
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kPartsAtOnce; ++i) {
+#pragma unroll
+          for (int n = 0; n < 2; ++n) {
+#pragma unroll
+            for (int kk = 0; kk < kSteps; ++kk) {
+              sums[n][kk][0].x += next[i][n][kk].x, sums[n][kk][0].y += next[i][n][kk].y;
+              sums[n][kk][1].x += next[i][n][kk].z, sums[n][kk][1].y += next[i][n][kk].w;
+            }
+          }
+        }
+      }
+    } else {
+      const bool pairs =
+          p.xa_stride % 2 == 0 && slice * rank % 2 == 0 && device::is_aligned(p.xa, 8);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int kk = 0; kk < kSteps; ++kk) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const int j = 16 * kk + 8 * h + 2 * q;
+            const float* from = xa_rows[n] + slice * rank + j;
+            if (pairs && j + 1 < rank) {
+              sums[n][kk][h] = __ldcg(reinterpret_cast<const float2*>(from));
+            } else if (j < rank) {
+              sums[n][kk][h].x = __ldcg(from);
+              sums[n][kk][h].y = j + 1 < rank ? __ldcg(from + 1) : 0.0f;
+            }
+          }
+        }
+      }
+    }
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      float2 values[kSteps][2];
+      auto& values = sums[n];
 #pragma unroll
       for (int kk = 0; kk < kSteps; ++kk) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
+        for (int h = 0; h < 2; ++h) {  // behind the rank there may be anything
           const int j = 16 * kk + 8 * h + 2 * q;
-          const float* from = xa_rows[n] + slice * rank + j;
-          float2 value = make_float2(0, 0);
-          if (xa_rows[n] != nullptr && j < rank) {
-            if (pairs && j + 1 < rank) {
-              value = __ldcg(reinterpret_cast<const float2*>(from));
-            } else {
-              value.x = __ldcg(from);
-              value.y = j + 1 < rank ? __ldcg(from + 1) : 0.0f;
-            }
-          }
-          values[kk][h] = value;
+          values[kk][h].x = j < rank ? values[kk][h].x : 0.0f;
+          values[kk][h].y = j + 1 < rank ? values[kk][h].y : 0.0f;
         }
       }
       float scale = 1.0f;
@@ -352,20 +419,27 @@ __global__ void __launch_bounds__(kStreamThreads, kBlocks)
     device::grid_dependency_wait();
   }
   device::grid_dependency_launch();
-  const int num_tiles = p.plan.header[kNumWideTiles];
-  const int64_t items = static_cast<int64_t>(num_tiles) * row_steps;
-  int at = static_cast<int>(items * blockIdx.x / gridDim.x);
-  const int end = static_cast<int>(items * (blockIdx.x + 1) / gridDim.x);
+  int num_tiles = p.plan.header[kNumWideTiles];
+  num_tiles = p.layout.by_tile ? min(num_tiles, p.layout.most_tiles) : num_tiles;
+  const unsigned items = num_tiles * row_steps;
+  // Where there is little, CTAs with a step of two tiles each, on as many multiprocessors.
+  const unsigned parts = min(gridDim.x, (items + 1) / 2);
+  if (blockIdx.x >= parts) {
+    return;
+  }
+  const unsigned each = items / parts, longer = items - each * parts;  // parts with an item more
+  int at = static_cast<int>(each * blockIdx.x + min(blockIdx.x, longer));
+  const int end = static_cast<int>(at + each + (blockIdx.x < longer));
   while (at < end) {
     const TokenGroup group = token_group(p.plan, at / row_steps, num_tiles);
     const int group_begin = group.first_tile * row_steps;
     const int group_end = group_begin + group.tiles * row_steps;
     // Items are cut across both tiles of a group; so is the neighbour's part, at the same place.
-    const int first = (at - group_begin) / group.tiles;
-    const int last = end >= group_end ? row_steps : (end - group_begin) / group.tiles;
+    const int first = (at - group_begin) >> (group.tiles - 1);
+    const int last = end >= group_end ? row_steps : (end - group_begin) >> (group.tiles - 1);
     const int rank = min(p.ranks[group.slot], p.max_rank);
     if (rank > 0 && first < last) {
-      expand_group<T, Y, kSteps, kSpans, kStages>(p, group, rank, first, last, shared);
+      expand_group<T, Y, kSteps, kSpans, kStages>(p, group, rank, first, last, num_tiles, shared);
     }
     at = group_end;
   }

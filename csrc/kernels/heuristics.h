@@ -159,7 +159,7 @@ inline bool embedding_is_one_kernel(int64_t num_tokens, bool half) {
 
 struct ShrinkShape {
   int64_t num_tokens, num_slots, in_features;
-  int rows;  // S * R: columns of xa
+  int rows;  // columns of xa: S * R, or S * (R rounded up to 16) for the kernel with wgmma
   int sm_count;
   bool clusters;
 };
@@ -187,33 +187,63 @@ inline ShrinkConfig shrink_config(const ShrinkShape& s) {
   return config;
 }
 
-// The same for the kernel with wgmma. Rows: 32, 64, 128 or 192; any cluster up to 8. Two CTAs fit
-// an SM. Few tiles: 64 rows a CTA, because more CTAs have more loads in flight and what they read
-// twice of x comes from the L2 (qkv, T = 512, rank 64: 12.2 -> 8.9 us). Else the cluster with the
-// least time: waves over CTAs that share a tile, plus a tenth of a tile's time for each wave. Three
-// quarters of the places, as resident_blocks counts, because clusters find little room beside
-// another kernel's CTAs (2048 tokens, clusters of 7: 11.0 us alone, but 5 us more with the expand
-// behind it); pairs always find it. And some tiles more than full ones, because slots leave tiles
-// partly filled (16 segments of 2048 tokens: 37 us with clusters of 6, 30 with 5).
+// The same for the kernel with wgmma, whose slices begin at multiples of 16 rows: 16, 32, 48, 64,
+// 128 or 192 rows and any cluster up to 8, or 16. Two CTAs fit an SM. Few tiles: up to 64 rows a
+// CTA, because more CTAs have more loads in flight and what they read twice of x comes from the L2
+// (qkv, T = 512, rank 64: 12.2 -> 8.9 us), and 16 of them where each still has 512 values of K
+// (down, T = 512, rank 16, with the expand: 15.2 -> 12.0 us). Else the cluster with the least time:
+// waves over CTAs that share a tile, plus a tenth of a tile's time for each wave. Three quarters of
+// the places, as resident_blocks counts, because clusters find little room beside another kernel's
+// CTAs (2048 tokens, clusters of 7: 11.0 us alone, but 5 us more with the expand behind it); pairs
+// always find it. And some tiles more than full ones, because slots leave tiles partly filled (16
+// segments of 2048 tokens: 37 us with clusters of 6, 30 with 5).
 inline ShrinkConfig shrink_wgmma_config(const ShrinkShape& s) {
+  const auto fitting = [](int64_t rows) {
+    return rows <= 64 ? static_cast<int>(ceil_div(rows, 16)) * 16 : rows <= 128 ? 128 : 192;
+  };
   const int64_t full = ceil_div(s.num_tokens, kWideTileTokens);
-  const int most = static_cast<int>(std::clamp<int64_t>(s.in_features / 512, 1, 8));
-  if (full * ceil_div(s.rows, 64) * 8 <= resident_blocks(s.sm_count, 2, 8)) {
-    return {s.rows <= 32 ? 32 : 64, most};
+  const int most = static_cast<int>(std::clamp<int64_t>(s.in_features / 512, 1, 16));
+  const int64_t few = full * ceil_div(s.rows, 64);
+  if (few * 8 <= resident_blocks(s.sm_count, 2, 8)) {
+    const int cluster = most < 8 ? most : most == 16 && few * 16 <= s.sm_count ? 16 : 8;
+    return {fitting(std::min(s.rows, 64)), cluster};
   }
-  const int64_t rows = ceil_div(s.rows, ceil_div(s.rows, 192));
-  ShrinkConfig config{rows <= 32 ? 32 : rows <= 64 ? 64 : rows <= 128 ? 128 : 192, 1};
+  ShrinkConfig config{fitting(ceil_div(s.rows, ceil_div(s.rows, 192))), 1};
   const int64_t items = (full + std::min(full, s.num_slots) / 4) * ceil_div(s.rows, config.rows);
   const auto time = [&](int cluster) {  // times cluster
     const int64_t places = resident_blocks(s.sm_count, 2, cluster <= 2 ? 1 : cluster);
     return ceil_div(items, std::max<int64_t>(places / cluster, 1)) * (10 + cluster);
   };
-  for (int cluster = 2; cluster <= most; ++cluster) {
+  for (int cluster = 2; cluster <= std::min(most, 8); ++cluster) {
     if (time(cluster) * config.cluster < time(config.cluster) * cluster) {
       config.cluster = cluster;
     }
   }
   return config;
+}
+
+// What its apply's expand is left with. Tiles by single CTAs or pairs may be more than have room at
+// once: then all are cut into parts, as many as have, instead of a second wave that would take as
+// long as the first (16 segments of 8192 tokens, down, rank 16: 128 -> 110 us). Larger clusters
+// would make more parts of a tile than the expand should add up.
+inline XaLayout xa_layout(const ShrinkShape& s) {
+  const ShrinkConfig config = shrink_wgmma_config(s);
+  constexpr int kStep = 64;  // values of K
+  XaLayout layout{};
+  layout.by_tile = true;
+  layout.most_tiles = static_cast<int32_t>(max_tiles(s.num_tokens, s.num_slots, kWideTileTokens));
+  layout.steps = static_cast<int32_t>(ceil_div(s.in_features, kStep));
+  if (config.cluster <= 2) {
+    const int64_t places = resident_blocks(s.sm_count, 2, 1) / ceil_div(s.rows, config.rows);
+    layout.whole_tiles = static_cast<int32_t>(std::max<int64_t>(places / config.cluster, 1));
+    layout.parts = layout.whole_tiles * config.cluster;
+  }
+  return layout;
+}
+
+// fp32 elements that it takes.
+inline int64_t xa_elements(const ShrinkShape& s, const XaLayout& layout) {
+  return (int64_t{layout.most_tiles} + layout.parts) * kWideTileTokens * s.rows;
 }
 
 // Clusters of the grid of that kernel: one for each tile of a likely batch, and some for tiles

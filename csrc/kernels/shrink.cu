@@ -9,7 +9,7 @@
 #include "kernels/heuristics.h"
 #include "kernels/kernels.h"
 #include "kernels/launch.cuh"
-#include "kernels/shrink_wgmma.cuh"
+#include "kernels/shrink_wgmma.h"
 
 namespace lora_ext::cuda {
 namespace {
@@ -268,49 +268,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// x and A allow 16-byte copies, as far as the host knows.
-bool vector_x(const ShrinkParams& p) {
-  return is_multiple(p.x, p.x_stride, 8, 16) && p.in_features % 8 == 0;
-}
-bool all_vector(const ShrinkParams& p) {
-  return vector_x(p) && p.a.slot_offsets == nullptr && is_multiple(p.a, p.num_slices, 8, 16);
-}
-
-// Whether the machine code that this device runs has wgmma: a build without sm_90a may still run
-// on such a chip. Asked once per device.
-bool has_wgmma() {
-  constexpr int kMaxDevices = 64;
-  static std::array<std::atomic<int>, kMaxDevices> cache{};  // 0: not asked yet, 1: no, 2: yes
-  int device = 0;
-  cudaGetDevice(&device);
-  int known = device < kMaxDevices ? cache[device].load(std::memory_order_relaxed) : 0;
-  if (known == 0) {
-    cudaFuncAttributes attributes{};
-    const cudaError_t error =
-        cudaFuncGetAttributes(&attributes, shrink_wgmma_kernel<__nv_bfloat16, 32>);
-    known = error == cudaSuccess && attributes.maxThreadsPerBlock >= kWarpgroup ? 2 : 1;
-    if (device < kMaxDevices) {
-      cache[device].store(known, std::memory_order_relaxed);
-    }
-  }
-  return known == 2;
-}
-
-template <typename T, int kRows>
-cudaError_t launch_wgmma(const ShrinkParams& p, const ShrinkConfig& config, int sm_count) {
-  const int64_t clusters = shrink_clusters(p.num_tokens, p.plan.num_slots, sm_count);
-  LaunchShape shape{};
-  shape.grid = dim3(static_cast<unsigned>(clusters * config.cluster),
-                    static_cast<unsigned>(ceil_div(int64_t{p.num_slices} * p.max_rank, kRows)));
-  shape.threads = kWarpgroup;
-  shape.shared_bytes = WgmmaTraits<kRows>::kSharedBytes;
-  shape.cluster = config.cluster;
-  shape.dependent = !p.fill;
-  return launch_kernel(
-      shrink_wgmma_kernel<T, kRows>, shape, p.stream, p, config.cluster,
-      static_cast<int>(max_tiles(p.num_tokens, p.plan.num_slots, kWideTileTokens)));
-}
-
 template <typename T, int kRows>
 cudaError_t launch_shrink(const ShrinkParams& p, const ShrinkConfig& config) {
   const int64_t tiles = max_tiles(p.num_tokens, p.plan.num_slots, kWideTileTokens);
@@ -321,12 +278,18 @@ cudaError_t launch_shrink(const ShrinkParams& p, const ShrinkConfig& config) {
   shape.shared_bytes = ShrinkTraits<kRows>::kSharedBytes;
   shape.cluster = config.cluster;
   shape.dependent = !p.fill;  // a memset before it is no kernel
+  const bool vector_x = is_multiple(p.x, p.x_stride, 8, 16) && p.in_features % 8 == 0;
   return launch_kernel(
-      all_vector(p) ? shrink_kernel<T, kRows, false> : shrink_kernel<T, kRows, true>, shape,
-      p.stream, p, config.cluster, vector_x(p));
+      shrink_is_vector(p) ? shrink_kernel<T, kRows, false> : shrink_kernel<T, kRows, true>, shape,
+      p.stream, p, config.cluster, vector_x);
 }
 
 }  // namespace
+
+bool shrink_is_vector(const ShrinkParams& p) {
+  return is_multiple(p.x, p.x_stride, 8, 16) && p.in_features % 8 == 0 &&
+         p.a.slot_offsets == nullptr && is_multiple(p.a, p.num_slices, 8, 16);
+}
 
 int shrink(const ShrinkParams& p) {
   const auto stream = static_cast<cudaStream_t>(p.stream);
@@ -341,30 +304,13 @@ int shrink(const ShrinkParams& p) {
     shrink_float_kernel<<<static_cast<unsigned>(p.num_tokens), kThreads, 0, stream>>>(p);
     return cudaGetLastError();
   }
-  const DeviceProperties device = device_properties();
-  ShrinkShape shape{};
-  shape.num_tokens = p.num_tokens;
-  shape.num_slots = p.plan.num_slots;
-  shape.in_features = p.in_features;
-  shape.rows = p.num_slices * p.max_rank;
-  shape.sm_count = device.sm_count;
-  shape.clusters = device.clusters;
-  if (p.num_tokens > kDecodeMaxTokens && all_vector(p) && has_wgmma()) {
-    const ShrinkConfig config = shrink_wgmma_config(shape);
-    return dispatch_half(p.dtype, [&](auto t) {
-      using T = typename decltype(t)::type;
-      switch (config.rows) {
-        case 32:
-          return launch_wgmma<T, 32>(p, config, device.sm_count);
-        case 64:
-          return launch_wgmma<T, 64>(p, config, device.sm_count);
-        case 128:
-          return launch_wgmma<T, 128>(p, config, device.sm_count);
-        default:
-          return launch_wgmma<T, 192>(p, config, device.sm_count);
-      }
-    });
+  if (shrink_takes_wgmma(p)) {
+    return shrink_wgmma(p);
   }
+  const DeviceProperties device = device_properties();
+  const ShrinkShape shape{p.num_tokens,    p.plan.num_slots,
+                          p.in_features,   p.num_slices * p.max_rank,
+                          device.sm_count, device.clusters};
   const ShrinkConfig config = shrink_config(shape);
   return dispatch_half(p.dtype, [&](auto t) {
     using T = typename decltype(t)::type;

@@ -1,11 +1,15 @@
 // xa = scaling * x A^T on sm_90a: tiles of up to 64 tokens of one slot by a warpgroup.
 //
 // A CTA computes 64 tokens x up to 192 columns of xa, so that x is read once for three slices of
-// rank 64. x and A stream through shared memory in steps of 64 values of K, several steps ahead,
-// and wgmma takes them from there: mma.sync would read shared memory once for each of the four
-// warps, and that was the limit. Two CTAs fit an SM. The CTAs of a cluster split K, and their sums
-// meet in distributed shared memory in fixed order.
+// rank 64. One warp copies x and A to shared memory in boxes of 64 values of K, several steps
+// ahead, and the warpgroup takes them from there (wgmma): mma.sync would read shared memory once
+// for each of the four warps, and that was the limit. Two CTAs fit an SM. Where tiles are few the
+// CTAs of a cluster split K; each pushes its sums to the one that the token belongs to, which adds
+// them up in fixed order. Where they are many, the work is cut into equal parts across tiles
+// (XaLayout), so that a batch of any number of tiles is one wave.
 #pragma once
+
+#include <cuda.h>
 
 #include "common/ptx.cuh"
 #include "common/vec.cuh"
@@ -14,215 +18,355 @@
 
 namespace lora_ext::cuda {
 
-constexpr int kWarpgroup = 128;  // threads
+constexpr int kWarpgroup = 128;                 // threads that multiply
+constexpr int kWgmmaThreads = kWarpgroup + 32;  // and a warp that copies
+
+// x as [T, K] and A as [L, rows of a slot, K], for copies of boxes.
+struct ShrinkMaps {
+  CUtensorMap x, a[kMaxSlices];
+};
+constexpr int kBoxK = 64;  // 128 bytes of a row, which is what the swizzle spans
+constexpr int kBoxRowsX = kWideTileTokens, kBoxRowsA = 16;
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-constexpr int kWgmmaThreads = kWarpgroup;
+constexpr int kWgmmaBound = kWgmmaThreads;
 #else
-constexpr int kWgmmaThreads = 32;  // tells the launcher that the kernel is empty here
+constexpr int kWgmmaBound = 32;  // tells the launcher that the kernel is empty here
 #endif
 
 // kRows: columns of xa (rows of A) that a CTA computes. As many stages as leave room for two CTAs.
 template <int kRows>
 struct WgmmaTraits {
-  static constexpr int kStepK = 64;  // 128 bytes of a row, which is what the swizzle spans
-  static constexpr int kStages = kRows == 32 ? 8 : kRows == 64 ? 6 : kRows == 128 ? 4 : 3;
-  static constexpr int kCopyRows = kWarpgroup / 8;  // that the block copies with one copy a thread
-  static constexpr int kStageBytes = (kWideTileTokens + kRows) * kStepK * 2;
-  static constexpr int kSumStride = kRows + 4;  // floats between tokens of the sums
-  static constexpr int kIdsAt = kStages * kStageBytes;
+  static constexpr int kStageBytes = (kWideTileTokens + kRows) * kBoxK * 2;
+  static constexpr int kBudget = 108 * 1024;
+  static constexpr int kStages = kBudget / kStageBytes;
+  static constexpr int kSumStride = kRows + 8;  // floats between tokens of the sums
+  static constexpr int kBarriersAt = kStages * kStageBytes;
   static constexpr int kAlignment = 1024;  // of a stage, for the swizzle
-  static constexpr int kSharedBytes = kIdsAt + kWideTileTokens * 4 + kAlignment;
-  static_assert(kWideTileTokens * kSumStride * 4 <= kIdsAt);
+  static constexpr int kSharedBytes = kBarriersAt + 8 * (2 * kStages + 1) + kAlignment;
+  static_assert(kWideTileTokens * kSumStride * 4 <= kBarriersAt);
+};
+
+// A place in the ring of stages, with the barriers in shared memory.
+template <int kRows>
+struct StageRing {
+  using Traits = WgmmaTraits<kRows>;
+  unsigned char* shared;
+  int stage = 0;
+  uint32_t turn = 0;  // times that the ring has been passed, mod 2
+
+  __device__ __forceinline__ explicit StageRing(unsigned char* shared_) : shared(shared_) {}
+  // All copies of a step are there; all products of a step are done; all members' sums are there.
+  __device__ __forceinline__ uint64_t* full() const {
+    return reinterpret_cast<uint64_t*>(shared + Traits::kBarriersAt) + stage;
+  }
+  __device__ __forceinline__ uint64_t* empty() const { return full() + Traits::kStages; }
+  __device__ __forceinline__ uint64_t* sums() const {
+    return reinterpret_cast<uint64_t*>(shared + Traits::kBarriersAt) + 2 * Traits::kStages;
+  }
+  __device__ __forceinline__ unsigned char* data() const {
+    return shared + stage * Traits::kStageBytes;
+  }
+  __device__ __forceinline__ void advance() {
+    if (++stage == Traits::kStages) {
+      stage = 0, turn ^= 1;
+    }
+  }
+};
+
+// What a CTA does at a time: a tile, and a share of K.
+struct ShrinkPiece {
+  Tile tile;
+  int id[2];           // of the tokens lane and lane + 32; -1: none
+  bool neighbours;     // all tokens, in memory
+  int rank, columns;   // of xa in use, from the CTA's first
+  int first_k, steps;  // the CTA's share
+  int turned;          // the step to begin with
+  int64_t first_row;   // of the sums, where xa lies by tiles
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+__device__ __forceinline__ void find_tokens(const ShrinkParams& p, ShrinkPiece& piece) {
+  const int lane = threadIdx.x % 32, count = piece.tile.count;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int token = lane + 32 * i;
+    const int id = token < count ? p.plan.permutation[piece.tile.start + token] : -1;
+    piece.id[i] = id < p.num_tokens ? id : -1;  // a plan may be for more tokens than this call has
+  }
+  const int first = __shfl_sync(0xffffffffu, piece.id[0], 0);
+  piece.neighbours =
+      __all_sync(0xffffffffu, first >= 0 && (lane >= count || piece.id[0] == first + lane) &&
+                                  (lane + 32 >= count || piece.id[1] == first + lane + 32));
+}
+
+// By one warp. Slices start at columns that are multiples of 16, so that boxes do not overlap: what
+// boxes have behind a slice's rank reaches only sums that nobody reads. The same holds for rows of
+// x behind the last token.
 template <typename T, int kRows>
-__device__ __forceinline__ void shrink_wgmma_tile(const ShrinkParams& p, const Tile& tile, int rank,
-                                                  int cluster, unsigned char* shared) {
-  using Traits = WgmmaTraits<kRows>;
-  constexpr int kStages = Traits::kStages, kStepK = Traits::kStepK, kCopyRows = Traits::kCopyRows;
-  constexpr int kCopiesX = kWideTileTokens / kCopyRows, kCopiesA = kRows / kCopyRows;
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int member = blockIdx.x % cluster, first_column = blockIdx.y * kRows;
-  const int columns = rank * p.num_slices;  // of xa in use
-  int* token_ids = reinterpret_cast<int*>(shared + Traits::kIdsAt);
-
-  const int in_features = static_cast<int>(p.in_features);
-  const int steps = (in_features + kStepK - 1) / kStepK;
-  const int step_begin = steps * member / cluster,
-            num_steps = steps * (member + 1) / cluster - step_begin;
-
-  // The rows that this thread copies are fixed over K: only a pointer moves. Rows that do not exist
-  // are not copied: what lies in their place reaches only sums that nobody reads.
-  const int chunk = thread % 8, row = thread / 8;
-  int k = step_begin * kStepK + chunk * 8;
-  const T* x_rows[kCopiesX];
-#pragma unroll
-  for (int i = 0; i < kCopiesX; ++i) {
-    const int t = row + kCopyRows * i;
-    int id = t < tile.count ? p.plan.permutation[tile.start + t] : -1;
-    id = id < p.num_tokens ? id : -1;  // a plan may be for more tokens than this call has
-    x_rows[i] = id >= 0 ? static_cast<const T*>(p.x) + id * p.x_stride + k : nullptr;
-    if (chunk == 0) {
-      token_ids[t] = id;
+__device__ __forceinline__ void copy_piece(const ShrinkParams& p, const ShrinkMaps& maps,
+                                           const ShrinkPiece& piece, int first_column,
+                                           StageRing<kRows>& ring) {
+  const int lane = threadIdx.x % 32;
+  const Tile& tile = piece.tile;
+  const int slice_boxes = XaLayout::padded(piece.rank) / kBoxRowsA;
+  const int boxes = piece.columns / kBoxRowsA;
+  const int box = first_column / kBoxRowsA + lane;
+  const int slice = min(box / slice_boxes, p.num_slices - 1);
+  const int a_row = static_cast<int>(p.a.first_row[slice]) +
+                    (p.a.rows_by_rank ? slice * piece.rank : 0) +
+                    (box - slice * slice_boxes) * kBoxRowsA;
+  const CUtensorMap* a_map = maps.a + slice;
+  const int bytes = ((piece.neighbours ? kBoxRowsX : 0) + boxes * kBoxRowsA) * kBoxK * 2;
+  int k = piece.first_k + piece.turned * kBoxK;
+  const int end_k = piece.first_k + piece.steps * kBoxK;
+#pragma unroll 1
+  for (int step = 0; step < piece.steps; ++step) {
+    device::barrier_wait(ring.empty(), ring.turn ^ 1);
+    unsigned char* to = ring.data();
+    if (lane == 0) {
+      device::barrier_arrive_expecting(ring.full(), bytes);
     }
-  }
-  const T* a_rows[kCopiesA];
+    __syncwarp();
+    if (lane == 0 && piece.neighbours) {
+      device::copy_box(to, &maps.x, k, piece.id[0], ring.full());
+    }
+    if (lane < boxes) {
+      device::copy_box(to + (kBoxRowsX + lane * kBoxRowsA) * 128, a_map, k, a_row, tile.slot,
+                       ring.full());
+    }
+    if (!piece.neighbours) {  // eight lanes a row
+      const int chunk = lane % 8, at_k = k + 8 * chunk;
 #pragma unroll
-  for (int i = 0; i < kCopiesA; ++i) {
-    const int column = first_column + row + kCopyRows * i;
-    const int slice = column < columns ? column / rank : 0;
-    a_rows[i] = column < columns
-                    ? static_cast<const T*>(p.a.base[slice]) +
-                          p.a.row_offset(tile.slot, slice, rank, column - slice * rank) + k
-                    : nullptr;
-  }
-  const int swizzled = (row * 8 + (chunk ^ row % 8)) * 16;
-  int staged = 0, staged_at = 0;
-  const auto stage = [&] {
-    if (staged < num_steps) {
-      const int bytes = k < in_features ? 16 : 0;  // 0 reads nothing and writes zeros
-      unsigned char* to = shared + staged_at + swizzled;
-#pragma unroll
-      for (int i = 0; i < kCopiesX; ++i) {
-        if (x_rows[i] != nullptr) {
-          device::copy_async_16(to + kCopyRows * i * 128, x_rows[i], bytes);
-          x_rows[i] += kStepK;
+      for (int i = 0; i < kWideTileTokens / 4; ++i) {
+        const int row = 4 * i + lane / 8;
+        const int row_id = __shfl_sync(0xffffffffu, piece.id[i / 8], row % 32);
+        if (row_id >= 0) {
+          device::copy_async_16(to + (row * 8 + (chunk ^ row % 8)) * 16,
+                                static_cast<const T*>(p.x) + row_id * p.x_stride + at_k,
+                                at_k < p.in_features ? 16 : 0);  // 0 reads nothing and writes zeros
         }
       }
-      to += kWideTileTokens * 128;
-#pragma unroll
-      for (int i = 0; i < kCopiesA; ++i) {
-        if (a_rows[i] != nullptr) {
-          device::copy_async_16(to + kCopyRows * i * 128, a_rows[i], bytes);
-          a_rows[i] += kStepK;
-        }
-      }
-      k += kStepK;
-      ++staged;
     }
-    staged_at += Traits::kStageBytes;
-    staged_at = staged_at < kStages * Traits::kStageBytes ? staged_at : 0;
-    device::copy_async_commit();
-  };
+    device::barrier_arrive_after_copies(ring.full());
+    k = k + kBoxK < end_k ? k + kBoxK : piece.first_k;
+    ring.advance();
+  }
+}
 
-  float acc[kRows / 2];
+// sums[4 n + 2 h + e] is token 16 warp + 8 h + g, column 8 n + 2 q + e.
+template <typename T, int kRows>
+__device__ __forceinline__ void multiply_piece(const ShrinkPiece& piece, float (&sums)[kRows / 2],
+                                               StageRing<kRows>& ring) {
 #pragma unroll
   for (int i = 0; i < kRows / 2; ++i) {
-    acc[i] = 0.0f;
+    sums[i] = 0.0f;
   }
-#pragma unroll
-  for (int s = 0; s < kStages - 1; ++s) {
-    stage();
-  }
-  int used_at = 0;
-  for (int step = 0; step < num_steps; ++step) {
-    device::copy_async_wait<kStages - 2>();
+  uint64_t* used = nullptr;  // the barrier of the stage of the step before
+#pragma unroll 1
+  for (int step = 0; step < piece.steps; ++step) {
+    device::barrier_wait(ring.full(), ring.turn);
     device::fence_shared_for_products();
-    device::wgmma_wait<0>();
-    __syncthreads();  // this step's data are there, and every warp's part of the product before is
-                      // done: its stage is filled next
-    const uint64_t tokens = device::swizzled_tile(shared + used_at);
-    const uint64_t weights = device::swizzled_tile(shared + used_at + kWideTileTokens * 128);
+    const uint64_t tokens = device::swizzled_tile(ring.data());
+    const uint64_t weights = device::swizzled_tile(ring.data() + kBoxRowsX * 128);
     device::wgmma_fence();
 #pragma unroll
-    for (int kk = 0; kk < kStepK / 16; ++kk) {
-      device::wgmma<T, kRows>(acc, tokens + 2 * kk, weights + 2 * kk);
+    for (int kk = 0; kk < kBoxK / 16; ++kk) {
+      device::wgmma<T, kRows>(sums, tokens + 2 * kk, weights + 2 * kk);
     }
     device::wgmma_commit();
-    used_at += Traits::kStageBytes;
-    used_at = used_at < kStages * Traits::kStageBytes ? used_at : 0;
-    stage();
+    device::wgmma_wait<1>();
+    if (used != nullptr && threadIdx.x % 32 == 0) {
+      device::barrier_arrive(used);
+    }
+    used = ring.empty();
+    ring.advance();
   }
   device::wgmma_wait<0>();
-  device::copy_async_wait<0>();
-  __syncthreads();  // the stages become the buffer of the sums
+  if (used != nullptr && threadIdx.x % 32 == 0) {
+    device::barrier_arrive(used);
+  }
+}
 
-  float* sums = reinterpret_cast<float*>(shared);  // [64][kSumStride]
-  const int g = lane / 4, q = lane % 4;
+// Four sums of a token, from `position` of its row on.
+__device__ __forceinline__ void store_sums(const ShrinkParams& p, const ShrinkPiece& piece,
+                                           int token, int position, float4 sum) {
+  if (p.layout.by_tile) {
+    float* to = static_cast<float*>(p.xa) + (piece.first_row + token) * p.xa_stride + position;
+    *reinterpret_cast<float4*>(to) = sum;
+    return;
+  }
+  const int64_t id = p.plan.permutation[piece.tile.start + token];
+  if (id >= p.num_tokens) {
+    return;
+  }
+  float* to = static_cast<float*>(p.xa) + id * p.xa_stride;
+  const float values[4] = {sum.x, sum.y, sum.z, sum.w};
+  const int padded = XaLayout::padded(piece.rank), slice = position / padded;
 #pragma unroll
-  for (int n = 0; n < kRows / 8; ++n) {
+  for (int e = 0; e < 4; ++e) {
+    const int j = XaLayout::column(position + e) - slice * padded;
+    if (j < piece.rank) {
+      to[slice * piece.rank + j] = values[e];
+    }
+  }
+}
+
+template <typename T, int kRows>
+__device__ __forceinline__ void shrink_wgmma_piece(const ShrinkParams& p, const ShrinkMaps& maps,
+                                                   const ShrinkPiece& piece, int cluster,
+                                                   uint32_t& sums_turn, StageRing<kRows>& ring) {
+  using Traits = WgmmaTraits<kRows>;
+  const int first_column = blockIdx.y * kRows, member = blockIdx.x % cluster;
+  const bool multiplies = threadIdx.x < kWarpgroup;
+  float sums[kRows / 2];
+  if (multiplies) {
+    multiply_piece<T, kRows>(piece, sums, ring);
+  } else {
+    copy_piece<T, kRows>(p, maps, piece, first_column, ring);
+  }
+  const float scaling = p.scalings[piece.tile.slot];
+  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const int first_token = threadIdx.x / 32 * 16 + g;  // and 8 further on
+  if (cluster == 1 && p.layout.by_tile) {
+    if (multiplies) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int token = first_token + 8 * h;
+        float* to = static_cast<float*>(p.xa) + (piece.first_row + token) * p.xa_stride +
+                    first_column + 4 * q;
+#pragma unroll
+        for (int m = 0; m < kRows / 16; ++m) {
+          const float* sum = sums + 8 * m + 2 * h;
+          if (token < piece.tile.count && 16 * m < piece.columns) {
+            *reinterpret_cast<float4*>(to + 16 * m) =
+                make_float4(sum[0] * scaling, sum[1] * scaling, sum[4] * scaling, sum[5] * scaling);
+          }
+        }
+      }
+    }
+    return;
+  }
+  device::cluster_arrive_relaxed();
+  device::cluster_wait();  // all stages of all members are free
+  const int each = kWideTileTokens / cluster + (kWideTileTokens % cluster != 0);
+  const int own_tokens = min(max(piece.tile.count - member * each, 0), each);
+  if (threadIdx.x == 0) {
+    device::barrier_arrive_expecting(ring.sums(), own_tokens * cluster * kRows * 4);
+  }
+  if (multiplies) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float* to = sums + (warp * 16 + 8 * h + g) * Traits::kSumStride + 8 * n + 2 * q;
-      *reinterpret_cast<float2*>(to) = make_float2(acc[4 * n + 2 * h], acc[4 * n + 2 * h + 1]);
-    }
-  }
-  const bool joined = cluster > 1;
-  if (joined) {
-    device::cluster_arrive();
-    device::cluster_wait();
-  } else {
-    __syncthreads();
-  }
-  // Members share the tokens; each adds up all members' sums for its own, in the order of the
-  // cluster.
-  const float scaling = p.scalings[tile.slot];
-  const int used = min(columns - first_column, kRows);
-  const bool whole_quads = p.xa_stride % 4 == 0 && device::is_aligned(p.xa, 16);
-  constexpr int kQuads = kRows / 4;
-  for (int i = thread; i < (tile.count - member + cluster - 1) / cluster * kQuads;
-       i += kWarpgroup) {
-    const int t = i / kQuads * cluster + member, column = i % kQuads * 4;
-    const int id = column < used ? token_ids[t] : -1;
-    if (id < 0) {
-      continue;
-    }
-    const float* from = sums + t * Traits::kSumStride + column;
-    float4 sum = make_float4(0, 0, 0, 0);
-    if (joined) {
-#pragma unroll 8
-      for (int c = 0; c < cluster; ++c) {
-        const float4 next = device::load_peer(device::peer_address(from, c));
-        sum.x += next.x, sum.y += next.y, sum.z += next.z, sum.w += next.w;
-      }
-    } else {
-      sum = *reinterpret_cast<const float4*>(from);
-    }
-    sum.x *= scaling, sum.y *= scaling, sum.z *= scaling, sum.w *= scaling;
-    float* to = static_cast<float*>(p.xa) + id * p.xa_stride + first_column + column;
-    if (whole_quads && column + 4 <= used) {
-      *reinterpret_cast<float4*>(to) = sum;
-    } else {
-      const float values[4] = {sum.x, sum.y, sum.z, sum.w};
+      const int token = first_token + 8 * h;
+      if (token < piece.tile.count) {
+        const int owner = token / each;
+        const int at = (member * each + token - owner * each) * Traits::kSumStride + 4 * q;
+        const uint32_t to = device::peer_address(ring.shared + 4 * at, owner);
+        const uint32_t counter = device::peer_address(ring.sums(), owner);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (column + e < used) {
-          to[e] = values[e];
+        for (int m = 0; m < kRows / 16; ++m) {
+          const float* sum = sums + 8 * m + 2 * h;
+          device::store_peer_async(to + 64 * m, make_float4(sum[0], sum[1], sum[4], sum[5]),
+                                   counter);
         }
       }
     }
   }
-  if (joined) {
-    device::cluster_arrive();  // peers may still be reading this CTA's sums
-    device::cluster_wait();
-  } else {
-    __syncthreads();
+  device::barrier_wait(ring.sums(), sums_turn);
+  sums_turn ^= 1;
+  constexpr int kQuads = kRows / 4;
+  for (int i = threadIdx.x; i < own_tokens * kQuads; i += kWgmmaThreads) {
+    const int token = i / kQuads, column = i % kQuads * 4;
+    if (column < piece.columns) {
+      const float* from =
+          reinterpret_cast<const float*>(ring.shared) + token * Traits::kSumStride + column;
+      float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 4
+      for (int c = 0; c < cluster; ++c) {
+        const float4 next = *reinterpret_cast<const float4*>(from + c * each * Traits::kSumStride);
+        sum.x += next.x, sum.y += next.y, sum.z += next.z, sum.w += next.w;
+      }
+      sum.x *= scaling, sum.y *= scaling, sum.z *= scaling, sum.w *= scaling;
+      store_sums(p, piece, member * each + token, first_column + column, sum);
+    }
   }
 }
 #endif
 
-// A cluster serves every so manyth tile, so that a grid of likely size does for any batch.
+// A cluster serves every so manyth tile, so that a grid of likely size does for any batch; where
+// tiles are cut into parts, a CTA serves its part.
 template <typename T, int kRows>
-__global__ void __launch_bounds__(kWgmmaThreads)
-    shrink_wgmma_kernel(const __grid_constant__ ShrinkParams p, int cluster, int max_tiles) {
+__global__ void __launch_bounds__(kWgmmaBound, 2)
+    shrink_wgmma_kernel(const __grid_constant__ ShrinkParams p,
+                        const __grid_constant__ ShrinkMaps maps, int cluster) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using Traits = WgmmaTraits<kRows>;
   extern __shared__ unsigned char unaligned[];
   unsigned char* shared =
-      unaligned + (-device::shared_address(unaligned) & (WgmmaTraits<kRows>::kAlignment - 1));
+      unaligned + (-device::shared_address(unaligned) & (Traits::kAlignment - 1));
+  StageRing<kRows> ring(shared);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Traits::kStages; ++i) {
+      device::barrier_init(ring.full() + i, 1 + 32);
+      device::barrier_init(ring.empty() + i, kWarpgroup / 32);
+    }
+    device::barrier_init(ring.sums(), 1);
+    device::barrier_init_fence();
+    device::prefetch_map(&maps.x);
+    device::prefetch_map(maps.a);
+  }
+  __syncthreads();
   device::grid_dependency_wait();
   device::grid_dependency_launch();
-  const int clusters = gridDim.x / cluster;
-  for (int i = blockIdx.x / cluster; i < max_tiles; i += clusters) {
-    const Tile tile = p.plan.wide_tiles[i];
-    if (tile.slot < 0) {
-      return;
+  const int all_steps = (static_cast<int>(p.in_features) + kBoxK - 1) / kBoxK;
+  uint32_t sums_turn = 0;
+  ShrinkPiece piece{};
+  const auto serve = [&](int members, int begin, int steps) {
+    // The rank and the tokens come in one trip.
+    piece.rank = min(p.ranks[piece.tile.slot], p.max_rank);
+    find_tokens(p, piece);
+    piece.columns = min(
+        XaLayout::padded(piece.rank) * p.num_slices - static_cast<int>(blockIdx.y) * kRows, kRows);
+    const int member = blockIdx.x % members, share = steps * member / members;
+    piece.steps = steps * (member + 1) / members - share;
+    piece.first_k = (begin + share) * kBoxK;
+    // Where steps are mostly A, tiles begin at different ones: CTAs that ask for the same lines at
+    // the same time wait for each other. Parts are apart anyway.
+    constexpr bool kMostlyA = kRows > kBoxRowsX;
+    piece.turned = kMostlyA && members > 1
+                       ? static_cast<int>(__umulhi(piece.tile.start / kWideTileTokens * 0x9e3779b1u,
+                                                   piece.steps))
+                       : 0;
+    if (piece.rank > 0 && piece.columns > 0) {  // all members alike
+      shrink_wgmma_piece<T, kRows>(p, maps, piece, members, sums_turn, ring);
     }
-    const int rank = min(p.ranks[tile.slot], p.max_rank);
-    if (static_cast<int>(blockIdx.y) * kRows < rank * p.num_slices) {  // the whole cluster alike
-      shrink_wgmma_tile<T, kRows>(p, tile, rank, cluster, shared);
+  };
+  int num_tiles = p.plan.header[kNumWideTiles];
+  num_tiles = p.layout.by_tile ? min(num_tiles, p.layout.most_tiles) : num_tiles;
+  const int clusters = gridDim.x / cluster, own_tile = blockIdx.x / cluster;
+  const auto capacity = static_cast<int>(p.plan.max_tokens / kWideTileTokens + p.plan.num_slots);
+  piece.tile = p.plan.wide_tiles[min(own_tile, capacity - 1)];  // in the same trip
+  if (p.layout.parts > 0 && num_tiles > p.layout.whole_tiles) {
+    const int part = blockIdx.x;
+    const XaLayout::Cut cut = p.layout.cut(num_tiles);
+    const int end = cut.begin(part + 1);
+    for (int at = cut.begin(part); at < end;) {
+      const int tile = at / all_steps, tile_end = min(end, (tile + 1) * all_steps);
+      piece.tile = p.plan.wide_tiles[tile];
+      piece.first_row = int64_t{XaLayout::place(part, tile)} * kWideTileTokens;
+      serve(1, at - tile * all_steps, tile_end - at);
+      at = tile_end;
     }
+    return;
+  }
+  for (int tile = own_tile; tile < num_tiles; tile += clusters) {
+    if (tile > own_tile) {
+      device::fence_shared_for_products();
+      __syncthreads();  // the sums' room becomes stages again
+      piece.tile = p.plan.wide_tiles[tile];
+    }
+    piece.first_row = int64_t{tile} * kWideTileTokens;
+    serve(cluster, 0, all_steps);
   }
 #endif
 }

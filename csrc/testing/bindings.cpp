@@ -84,6 +84,29 @@ void bind_shrink_wgmma(py::module_& m) {
       py::kw_only(), "num_tokens"_a, "num_slots"_a, "in_features"_a, "rows"_a, "sm_count"_a);
   m.def("shrink_clusters", &shrink_clusters, py::kw_only(), "num_tokens"_a, "num_slots"_a,
         "sm_count"_a);
+  py::class_<XaLayout>(m, "XaLayout")
+      .def_readonly("whole_tiles", &XaLayout::whole_tiles)
+      .def_readonly("parts", &XaLayout::parts)
+      .def_readonly("steps", &XaLayout::steps)
+      .def("begin", [](const XaLayout& l, int tiles, int part) { return l.cut(tiles).begin(part); })
+      .def("part_of",
+           [](const XaLayout& l, int tiles, int step) { return l.cut(tiles).part_of(step); })
+      .def_static("place", &XaLayout::place)
+      .def_static("padded", &XaLayout::padded)
+      .def_static("column", &XaLayout::column);
+  m.def(
+      "xa_layout",
+      [](int64_t num_tokens, int64_t num_slots, int64_t in_features, int rows, int sm_count) {
+        return xa_layout({num_tokens, num_slots, in_features, rows, sm_count, true});
+      },
+      py::kw_only(), "num_tokens"_a, "num_slots"_a, "in_features"_a, "rows"_a, "sm_count"_a);
+  m.def(
+      "xa_elements",
+      [](int64_t num_tokens, int64_t num_slots, int64_t in_features, int rows, int sm_count) {
+        const ShrinkShape shape{num_tokens, num_slots, in_features, rows, sm_count, true};
+        return xa_elements(shape, xa_layout(shape));
+      },
+      py::kw_only(), "num_tokens"_a, "num_slots"_a, "in_features"_a, "rows"_a, "sm_count"_a);
 }
 
 void bind_expand(py::module_& m) {
