@@ -147,6 +147,20 @@ def test_host_input_that_is_pinned(dtype: torch.dtype) -> None:
         check(batch, np.repeat(slots, lens).tolist())
 
 
+@pytest.mark.gpu
+def test_a_batch_that_is_gone_is_still_read() -> None:
+    """Its rows of pinned memory are nobody else's until the device has read them."""
+    batch = LoRABatch(64, NUM_SLOTS, "cuda")
+    torch.cuda.synchronize()
+    torch.cuda._sleep(100_000_000)  # the update below waits for this on the device
+    batch.update([2] * 64)
+    token_slots = batch.token_slots
+    del batch
+    for _ in range(3):
+        LoRABatch(64, NUM_SLOTS, "cuda").update([1] * 64)
+    assert token_slots.tolist() == [2] * 64
+
+
 def test_the_operator_refuses_what_the_batch_never_gives_it() -> None:
     batch = LoRABatch(64, NUM_SLOTS)
     row, slots = batch._rows.row(), torch.zeros(3, dtype=torch.int32)

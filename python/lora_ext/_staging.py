@@ -11,6 +11,24 @@ STAGING_ROWS = 16
 _HALF = STAGING_ROWS // 2
 
 
+# Rows that nobody fills any more, and the stream on which something may still be going to read
+# them: torch gives pinned memory away as soon as its tensor is gone, and knows of its own copies
+# only. They are let go of when other rows are made, behind an event.
+_retired: list[tuple[list[Tensor], torch.cuda.Stream]] = []
+_leaving: list[tuple[list[Tensor], torch.cuda.Event]] = []
+
+
+def _release_read_rows() -> None:
+    if torch.cuda.is_current_stream_capturing():
+        return
+    while _retired:
+        rows, stream = _retired.pop()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(stream)
+        _leaving.append((rows, event))
+    _leaving[:] = [entry for entry in _leaving if not entry[1].query()]  # type: ignore[no-untyped-call]
+
+
 class PinnedRows:
     """A ring of pinned rows that a device reads; for the CPU, one row of plain memory.
 
@@ -25,6 +43,9 @@ class PinnedRows:
     def __init__(self, size: int, device: torch.device) -> None:
         self._device = device
         self._on_gpu = device.type != "cpu"
+        self._stream: torch.cuda.Stream | None = None  # of what reads them
+        if self._on_gpu:
+            _release_read_rows()
         with torch.inference_mode(False):
             rows = torch.zeros(
                 (STAGING_ROWS if self._on_gpu else 1, size),
@@ -47,14 +68,19 @@ class PinnedRows:
         """Go on to the next row: what reads this one is queued on the current stream."""
         if not self._on_gpu:
             return
+        self._stream = torch.cuda.current_stream(self._device)
         half, rest = divmod(self._current, _HALF)
         if rest == _HALF - 1:
             event = self._read[half]
             if event is None:
                 event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 self._read[half] = event
-            event.record(torch.cuda.current_stream(self._device))
+            event.record(self._stream)
         self._current = (self._current + 1) % STAGING_ROWS
+
+    def __del__(self) -> None:
+        if self._stream is not None:
+            _retired.append((self._rows, self._stream))
 
 
 class Staging(PinnedRows):
