@@ -247,11 +247,18 @@ __device__ __forceinline__ void shrink_wgmma_piece(const ShrinkParams& p, const 
     }
     return;
   }
-  device::cluster_arrive_relaxed();
-  device::cluster_wait();  // all stages of all members are free
+  // Alone it needs no other's sums, but the rows of a plain xa are put together the same way.
+  // Without a cluster there is no pushing: st.async is for launches that have one.
+  const bool alone = cluster == 1;
+  if (alone) {
+    __syncthreads();
+  } else {
+    device::cluster_arrive_relaxed();
+    device::cluster_wait();  // all stages of all members are free
+  }
   const int each = kWideTileTokens / cluster + (kWideTileTokens % cluster != 0);
   const int own_tokens = min(max(piece.tile.count - member * each, 0), each);
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == 0 && !alone) {
     device::barrier_arrive_expecting(ring.sums(), own_tokens * cluster * kRows * 4);
   }
   if (multiplies) {
@@ -261,19 +268,28 @@ __device__ __forceinline__ void shrink_wgmma_piece(const ShrinkParams& p, const 
       if (token < piece.tile.count) {
         const int owner = token / each;
         const int at = (member * each + token - owner * each) * Traits::kSumStride + 4 * q;
-        const uint32_t to = device::peer_address(ring.shared + 4 * at, owner);
-        const uint32_t counter = device::peer_address(ring.sums(), owner);
+        unsigned char* own = ring.shared + 4 * at;
+        const uint32_t to = alone ? 0 : device::peer_address(own, owner);
+        const uint32_t counter = alone ? 0 : device::peer_address(ring.sums(), owner);
 #pragma unroll
         for (int m = 0; m < kRows / 16; ++m) {
           const float* sum = sums + 8 * m + 2 * h;
-          device::store_peer_async(to + 64 * m, make_float4(sum[0], sum[1], sum[4], sum[5]),
-                                   counter);
+          const float4 four = make_float4(sum[0], sum[1], sum[4], sum[5]);
+          if (alone) {
+            *reinterpret_cast<float4*>(own + 64 * m) = four;
+          } else {
+            device::store_peer_async(to + 64 * m, four, counter);
+          }
         }
       }
     }
   }
-  device::barrier_wait(ring.sums(), sums_turn);
-  sums_turn ^= 1;
+  if (alone) {
+    __syncthreads();
+  } else {
+    device::barrier_wait(ring.sums(), sums_turn);
+    sums_turn ^= 1;
+  }
   constexpr int kQuads = kRows / 4;
   for (int i = threadIdx.x; i < own_tokens * kQuads; i += kWgmmaThreads) {
     const int token = i / kQuads, column = i % kQuads * 4;
