@@ -20,6 +20,14 @@ def why_no_gpu() -> str | None:
     return None
 
 
+def pytest_configure() -> None:
+    # What another process has compiled would bring guards for the sizes that it saw first, and a
+    # recompile where a test says that there is none.
+    import torch._functorch.config
+
+    torch._functorch.config.enable_autograd_cache = False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reason = why_no_gpu()
     if reason is None:
