@@ -128,6 +128,13 @@ def test_it_generates_what_the_model_does(device: str, kind: str, tmp_path: Path
         assert torch.equal(ours, theirs)
 
 
+def test_a_window_that_holds_all_tokens_counts_on_the_device() -> None:
+    """A graph repeats what the host had counted at its capture."""
+    lora = lora_ext.wrap(tiny_model("mistral", sliding_window=32), max_adapters=1, max_rank=1)
+    with StaticDecoder(lora, ROWS, 32) as decoder:
+        assert not any(layer.is_sliding for layer in decoder._cache.layers)
+
+
 @on_devices
 def test_adapters_are_swapped_between_steps(device: str, directories: dict[str, Path]) -> None:
     lora = wrapped(directories, device)
