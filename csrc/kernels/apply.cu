@@ -3,7 +3,7 @@
 #include "kernels/decode_shrink.cuh"
 #include "kernels/kernels.h"
 #include "kernels/launch.cuh"
-#include "kernels/shrink_wgmma.h"
+#include "kernels/wide_apply.h"
 
 namespace lora_ext::cuda {
 namespace {

@@ -12,7 +12,7 @@
 #include "kernels/heuristics.h"
 #include "kernels/kernels.h"
 #include "kernels/launch.cuh"
-#include "kernels/shrink_wgmma.h"
+#include "kernels/wide_apply.h"
 
 namespace lora_ext::cuda {
 namespace {

@@ -1,4 +1,5 @@
-// The shrink of sm_90a, and the layout in which it leaves xa for the expand of an apply.
+// What the wide shrink and expand of an apply know of each other: which kernel shrinks, and how it
+// leaves xa.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +10,7 @@ namespace lora_ext::cuda {
 
 // x and A allow 16-byte copies, as far as the host knows.
 bool shrink_is_vector(const ShrinkParams& params);
-// Whether this kernel can serve: its copies need what a tensor map can say.
+// Whether the kernel with wgmma can serve: its copies need what a tensor map can say.
 bool shrink_takes_wgmma(const ShrinkParams& params);
 int shrink_wgmma(const ShrinkParams& params);
 
