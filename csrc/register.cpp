@@ -6,10 +6,6 @@ STABLE_TORCH_LIBRARY(lora_ext, m) {
       "plan_batch_(Tensor(a!) plan, Tensor slots, Tensor? seg_lens, Tensor? seg_indptr, "
       "int num_slots) -> ()");
   m.def(
-      "update_plan_(Tensor(a!) plan, Tensor(b!) host, Tensor slots, Tensor? seg_lens, "
-      "Tensor? seg_indptr, int n, int num_slots, int max_tokens) "
-      "-> (int num_tokens, bool any_adapter)");
-  m.def(
       "lora_shrink(Tensor x, Tensor[] lora_a, Tensor ranks, Tensor scalings, Tensor plan, "
       "int num_slices, int max_rank, Tensor? a_offsets=None) -> Tensor");
   m.def(

@@ -161,44 +161,6 @@ def test_a_batch_that_is_gone_is_still_read() -> None:
     assert token_slots.tolist() == [2] * 64
 
 
-def test_the_operator_refuses_what_the_batch_never_gives_it() -> None:
-    batch = LoRABatch(64, NUM_SLOTS)
-    row, slots = batch._rows.row(), torch.zeros(3, dtype=torch.int32)
-    before = batch.plan.clone()
-
-    def update(**changes: Any) -> object:
-        arguments = {
-            "plan": batch.plan,
-            "host": row,
-            "slots": slots,
-            "seg_lens": None,
-            "seg_indptr": None,
-            "n": 3,
-            "num_slots": NUM_SLOTS,
-            "max_tokens": 64,
-            **changes,
-        }
-        return torch.ops.lora_ext.update_plan_(**arguments)
-
-    for changes, message in (
-        ({"slots": slots.float()}, "slots must be a contiguous 1-D int32, int64 or uint8"),
-        ({"n": 4}, "slots must be .* of at least 4"),
-        ({"n": -1}, "host is .* -1 requests"),
-        ({"host": row[:2]}, "host is .* 3 requests need int32 .3."),
-        ({"seg_lens": slots, "seg_indptr": slots}, "not both"),
-        ({"seg_indptr": slots}, "seg_indptr must be .* of at least 4"),
-        ({"num_slots": NUM_SLOTS + 1}, "plan has"),
-        ({"max_tokens": 65}, "max_tokens is 65, the plan has room for 64"),
-    ):
-        with pytest.raises(RuntimeError, match=message):
-            update(**changes)
-    for changes in ({"slots": slots - 2}, {"slots": slots + NUM_SLOTS}, {"max_tokens": 2}):
-        assert update(**changes) == (-1, False)
-    assert torch.equal(batch.plan, before)
-    assert update() == (3, True)
-    assert update(slots=slots - 1) == (3, False)
-
-
 def test_more_requests_than_room_for_tokens() -> None:
     batch = LoRABatch(4, NUM_SLOTS)
     batch.update([0, 1] * 500, seg_lens=[0] * 997 + [2, 0, 1])

@@ -7,12 +7,12 @@ aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace lora_ext {
 
-void* current_stream(const Tensor& like) {
+void* current_stream(int device) {
   check(aoti_torch_get_current_cuda_stream != nullptr,
         "the tensors are on a CUDA device, but this torch offers no CUDA stream");
   void* stream = nullptr;
-  check(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream) == 0,
-        "torch has no current stream on ", describe(like));
+  check(aoti_torch_get_current_cuda_stream(device, &stream) == 0,
+        "torch has no current stream on CUDA device ", device);
   return stream;
 }
 

@@ -21,8 +21,8 @@
 
 namespace lora_ext {
 
-// torch's current stream on the tensor's device.
-void* current_stream(const Tensor& like);
+// torch's current stream on a CUDA device.
+void* current_stream(int device);
 // Throws with the CUDA error's text where `error` is not 0.
 void check_launch(const char* op, int error);
 
@@ -45,7 +45,7 @@ void launch(const char* op, const Tensor& like, Params& params,
         ": this build of lora_ext has CPU kernels only, but the tensors are on ", describe(like),
         "; build it where nvcc is found");
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  params.stream = current_stream(like);
+  params.stream = current_stream(like.get_device_index());
   check_launch(op, cuda_kernel(params));
 }
 

@@ -1,25 +1,23 @@
-// update_plan_: a batch from host memory into the plan, in one call: checked, converted to int32
-// and planned. For one batch after another the host's time is what counts, and each call of torch
-// would cost more than the work. The kernel reads the converted batch from pinned memory: a copy
-// would be a call more for the host, and a step more for the device.
-#include <torch/headeronly/core/ScalarType.h>
-
+// A batch from host memory into the plan, in one call: checked, converted to int32 and planned. For
+// one batch after another the host's time is what counts: it is a C function for Python's ctypes,
+// not an operator, because torch's dispatcher takes longer than all of its work. The kernel reads
+// the converted batch from pinned memory: a copy would be a call more for the host, and a step more
+// for the device.
 #include <algorithm>
 #include <cstdint>
-#include <tuple>
+#include <exception>
+#include <string>
 
 #include "ops/dispatch.h"
 
 namespace lora_ext {
 namespace {
 
-using torch::headeronly::ScalarType;
-
-#ifdef LORA_EXT_CUDA
-constexpr auto kFromHost = cuda::plan_batch_from_host;
-#else
-constexpr int (*kFromHost)(const PlanParams&) = nullptr;
-#endif
+// Whole numbers of a caller: int64, int32 or, with one byte each, uint8.
+struct HostInts {
+  const void* data;
+  int bytes;
+};
 
 // The loops below have no exit and compare nothing that is 64 bits wide, so that they vectorise:
 // the bits that a good value must not have are collected, and looked at behind the loop.
@@ -65,66 +63,78 @@ bool stage_indptr(const T* indptr, int64_t n, int64_t max_tokens, int32_t* out) 
   return bits >> 63 == 0 && indptr[0] == 0 && indptr[n] <= max_tokens;
 }
 
-// Calls stage(data) with the values of a host tensor of at least n elements.
 template <typename Stage>
-bool with_values(const char* name, const Tensor& values, int64_t n, Stage&& stage) {
-  const ScalarType type = values.scalar_type();
-  check(values.is_cpu() && values.dim() == 1 && values.is_contiguous() && values.numel() >= n &&
-            (type == ScalarType::Long || type == ScalarType::Int || type == ScalarType::Byte),
-        name, " must be a contiguous 1-D int32, int64 or uint8 tensor of at least ", n,
-        " elements on the CPU, got ", describe(values));
-  const void* const data = values.const_data_ptr();
-  return type == ScalarType::Long  ? stage(static_cast<const int64_t*>(data))
-         : type == ScalarType::Int ? stage(static_cast<const int32_t*>(data))
-                                   : stage(static_cast<const uint8_t*>(data));
+bool with_values(const HostInts& values, Stage&& stage) {
+  return values.bytes == 8   ? stage(static_cast<const int64_t*>(values.data))
+         : values.bytes == 4 ? stage(static_cast<const int32_t*>(values.data))
+                             : stage(static_cast<const uint8_t*>(values.data));
 }
 
-std::tuple<int64_t, bool> update_plan_(const Tensor plan, const Tensor host, const Tensor slots,
-                                       const OptionalTensor seg_lens,
-                                       const OptionalTensor seg_indptr, int64_t n,
-                                       int64_t num_slots, int64_t max_tokens) {
-  check(!seg_lens.has_value() || !seg_indptr.has_value(), "give seg_lens or seg_indptr, not both");
-  int32_vector("plan", plan, plan);
-  int32_vector("host", host, host);
-  const int64_t capacity = plan_max_tokens(plan.numel(), num_slots);
-  check(num_slots >= 0 && capacity >= 0, "plan has ", plan.numel(),
-        " elements, which is no plan_size(max_tokens, num_slots) for ", num_slots, " slots");
-  check(max_tokens <= capacity, "max_tokens is ", max_tokens, ", the plan has room for ", capacity);
-  const bool per_segment = seg_lens.has_value() || seg_indptr.has_value();
-  const int64_t elements = per_segment ? 2 * n + 1 : n;
-  check(n >= 0 && host.is_cpu() && host.numel() >= elements, "host is ", describe(host), ", ", n,
-        " requests need int32 [", elements, "] on the CPU");
+// What went wrong in this thread's last call.
+std::string& last_error() {
+  thread_local std::string text;
+  return text;
+}
 
-  auto* const to = static_cast<int32_t*>(host.mutable_data_ptr());
-  bool any_adapter = false;
-  bool good = with_values("slots", slots, n, [&](auto* values) {
-    return stage_slots(values, n, num_slots, to, any_adapter);
-  });
-  int64_t num_tokens = n;
-  if (per_segment) {
-    const bool by_length = seg_lens.has_value();
-    good &= with_values(by_length ? "seg_lens" : "seg_indptr", by_length ? *seg_lens : *seg_indptr,
-                        by_length ? n : n + 1, [&](auto* values) {
-                          return by_length ? stage_lens(values, n, max_tokens, to + n)
-                                           : stage_indptr(values, n, max_tokens, to + n);
-                        });
-    num_tokens = to[2 * n];
+void run(PlanParams& params, int device) {
+  if (device < 0) {
+    cpu::plan_batch(params);
+    return;
   }
-  if (!good || num_tokens > max_tokens) {
-    return {-1, false};
-  }
-
-  PlanParams params{};
-  params.slots = to;
-  params.seg_indptr = per_segment ? to + n : nullptr;
-  params.n = n;
-  params.plan = plan_view(static_cast<int32_t*>(plan.mutable_data_ptr()), capacity, num_slots);
-  launch("update_plan_", plan, params, cpu::plan_batch, kFromHost);
-  return {num_tokens, any_adapter && num_tokens > 0};
+#ifdef LORA_EXT_CUDA
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  params.stream = current_stream(device);
+  check_launch("LoRABatch.update", cuda::plan_batch_from_host(params));
+#else
+  check(false, "this build of lora_ext has CPU kernels only, but the plan is on device ", device,
+        "; build it where nvcc is found");
+#endif
 }
 
 }  // namespace
-
-LORA_EXT_IMPL(update_plan_, update_plan_)
-
 }  // namespace lora_ext
+
+// Plans `n` requests, tokens where `segments` is null, for the plan of `capacity` tokens and
+// `num_slots` slots on CUDA device `device` (-1: on the CPU). `slots` and `segments` (lengths, or
+// with `by_length` 0 the n + 1 starts) have elements of 1, 4 or 8 bytes. `host` takes what the
+// device reads, 2 n + 1 elements with segments and n without; it must stay as it is until then.
+// Returns twice the number of tokens, plus 1 where some token has an adapter; -1 where the batch is
+// not one for this plan, or has more than `max_tokens` tokens, and -2 where the launch failed:
+// nothing was planned.
+extern "C" __attribute__((visibility("default"))) int64_t
+lora_ext_update_plan(int32_t* plan, int64_t capacity, int64_t num_slots, int64_t max_tokens,
+                     int device, int32_t* host, int64_t n, const void* slots, int slot_bytes,
+                     const void* segments, int segment_bytes, int by_length) {
+  using namespace lora_ext;
+  bool any_adapter = false;
+  bool good = with_values({slots, slot_bytes}, [&](auto* values) {
+    return stage_slots(values, n, num_slots, host, any_adapter);
+  });
+  int64_t num_tokens = n;
+  if (segments != nullptr) {
+    good &= with_values({segments, segment_bytes}, [&](auto* values) {
+      return by_length != 0 ? stage_lens(values, n, max_tokens, host + n)
+                            : stage_indptr(values, n, max_tokens, host + n);
+    });
+    num_tokens = host[2 * n];
+  }
+  if (!good || num_tokens > max_tokens) {
+    return -1;
+  }
+  PlanParams params{};
+  params.slots = host;
+  params.seg_indptr = segments != nullptr ? host + n : nullptr;
+  params.n = n;
+  params.plan = plan_view(plan, capacity, num_slots);
+  try {
+    run(params, device);
+  } catch (const std::exception& error) {
+    last_error() = error.what();
+    return -2;
+  }
+  return 2 * num_tokens + (any_adapter && num_tokens > 0 ? 1 : 0);
+}
+
+extern "C" __attribute__((visibility("default"))) const char* lora_ext_last_error() {
+  return lora_ext::last_error().c_str();
+}

@@ -9,12 +9,13 @@ from torch import Tensor
 # row, so that an update waits only if the host is at least half of them ahead of the device.
 STAGING_ROWS = 16
 _HALF = STAGING_ROWS // 2
+_NOT_READ = -1  # no stream's number
 
 
-# Rows that nobody fills any more, and the stream on which something may still be going to read
+# Rows that nobody fills any more, and device and stream where something may still be going to read
 # them: torch gives pinned memory away as soon as its tensor is gone, and knows of its own copies
 # only. They are let go of when other rows are made, behind an event.
-_retired: list[tuple[list[Tensor], torch.cuda.Stream]] = []
+_retired: list[tuple[list[Tensor], torch.device, int]] = []
 _leaving: list[tuple[list[Tensor], torch.cuda.Event]] = []
 
 
@@ -22,11 +23,17 @@ def _release_read_rows() -> None:
     if torch.cuda.is_current_stream_capturing():
         return
     while _retired:
-        rows, stream = _retired.pop()
+        rows, device, number = _retired.pop()
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(stream)
+        event.record(_stream(number, device))
         _leaving.append((rows, event))
     _leaving[:] = [entry for entry in _leaving if not entry[1].query()]  # type: ignore[no-untyped-call]
+
+
+def _stream(number: int, device: torch.device) -> torch.cuda.Stream:
+    if number == 0:
+        return torch.cuda.default_stream(device)
+    return torch.cuda.ExternalStream(number, device=device)  # type: ignore[no-untyped-call]
 
 
 class PinnedRows:
@@ -43,7 +50,8 @@ class PinnedRows:
     def __init__(self, size: int, device: torch.device) -> None:
         self._device = device
         self._on_gpu = device.type != "cpu"
-        self._stream: torch.cuda.Stream | None = None  # of what reads them
+        self._device_index = device.index
+        self._stream = _NOT_READ  # of what reads them
         if self._on_gpu:
             _release_read_rows()
         with torch.inference_mode(False):
@@ -68,19 +76,20 @@ class PinnedRows:
         """Go on to the next row: what reads this one is queued on the current stream."""
         if not self._on_gpu:
             return
-        self._stream = torch.cuda.current_stream(self._device)
+        # Its number alone: a torch.cuda.Stream each time would cost a microsecond.
+        self._stream = torch._C._cuda_getCurrentRawStream(self._device_index)
         half, rest = divmod(self._current, _HALF)
         if rest == _HALF - 1:
             event = self._read[half]
             if event is None:
                 event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 self._read[half] = event
-            event.record(self._stream)
+            event.record(torch.cuda.current_stream(self._device))
         self._current = (self._current + 1) % STAGING_ROWS
 
     def __del__(self) -> None:
-        if self._stream is not None:
-            _retired.append((self._rows, self._stream))
+        if self._stream != _NOT_READ:
+            _retired.append((self._rows, self._device, self._stream))
 
 
 class Staging(PinnedRows):

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from ctypes import c_char_p, c_int, c_int64, c_void_p
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import ops
-from ._host_input import HostInput, HostInts, check_room, check_slots, refuse, without_empty
+from . import _library, ops
+from ._host_input import HostSequence, check_room, check_slots, host_ints, refuse, without_empty
 from ._staging import PinnedRows
 
-_update_plan_ = torch.ops.lora_ext.update_plan_.default
+# csrc/ops/update_plan.cpp has what they take.
+_update_plan = _library.function(
+    "lora_ext_update_plan",
+    *(c_int64, c_void_p, c_int64, c_int64, c_int64, c_int, c_void_p, c_int64),
+    *(c_void_p, c_int, c_void_p, c_int, c_int),
+)
+_last_error = _library.function("lora_ext_last_error", c_char_p)
 
 
 class PlanLayout(NamedTuple):
@@ -100,7 +107,7 @@ class LoRABatch:
             )
         self.device = self.plan.device
         self._layout = PlanLayout.of(ops.round_up_tokens(max_tokens), num_slots)
-        self._host_input = HostInput()
+        self._device_index = -1 if self.device.type == "cpu" else self.device.index
         self._rows = PinnedRows(2 * self._layout.max_tokens + 1, self.device)
         self.update([])
 
@@ -113,9 +120,9 @@ class LoRABatch:
 
     def update(
         self,
-        slots: HostInts,
-        seg_lens: HostInts | None = None,
-        seg_indptr: HostInts | None = None,
+        slots: HostSequence,
+        seg_lens: HostSequence | None = None,
+        seg_indptr: HostSequence | None = None,
     ) -> None:
         """Put another batch into the plan.
 
@@ -142,9 +149,9 @@ class LoRABatch:
         self._update_from_host(slots, seg_lens, seg_indptr)
 
     def _update_from_host(
-        self, slots: HostInts, seg_lens: HostInts | None, seg_indptr: HostInts | None
+        self, slots: HostSequence, seg_lens: HostSequence | None, seg_indptr: HostSequence | None
     ) -> None:
-        """Check, convert and plan in one call of the operator; the host's time counts here."""
+        """Check, convert and plan in one call; the host's time counts here."""
         num_requests = n = len(slots)
         if n > self._layout.max_tokens:
             if seg_lens is None and seg_indptr is None:
@@ -154,24 +161,33 @@ class LoRABatch:
             seg_indptr = None
             n = len(slots)
             check_room(n, self.max_tokens)
-        tensor = self._host_input.tensor
-        num_tokens, any_adapter = _update_plan_(
-            self.plan,
-            self._rows.row(),
-            tensor("slots", slots, n),
-            None if seg_lens is None else tensor("seg_lens", seg_lens, n),
-            None if seg_indptr is None else tensor("seg_indptr", seg_indptr, n + 1),
-            n,
+        segments, segment_bytes = None, 0
+        if seg_lens is not None:
+            segments, segment_bytes = host_ints("seg_lens", seg_lens, n)
+        elif seg_indptr is not None:
+            segments, segment_bytes = host_ints("seg_indptr", seg_indptr, n + 1)
+        planned = _update_plan(
+            self.plan.data_ptr(),
+            self._layout.max_tokens,
             self.num_slots,
             self.max_tokens,
+            self._device_index,
+            self._rows.row().data_ptr(),
+            n,
+            *host_ints("slots", slots, n),
+            segments,
+            segment_bytes,
+            seg_lens is not None,
         )
-        if num_tokens < 0:
+        if planned == -1:
             refuse(slots, seg_lens, seg_indptr, self.num_slots, self.max_tokens)
+        if planned < 0:
+            raise RuntimeError(_last_error().decode())
         self._rows.queued()
         torch.autograd.graph.increment_version(self.plan)  # as ops.plan_batch_ does
         self.num_requests = num_requests
-        self.num_tokens = num_tokens
-        self.has_active_lora = any_adapter
+        self.num_tokens = planned // 2
+        self.has_active_lora = planned % 2 == 1
 
     def _update_on_device(self, slots: Any, seg_lens: Any, seg_indptr: Any) -> None:
         ops.plan_batch_(self.plan, slots, seg_lens, seg_indptr, num_slots=self.num_slots)
@@ -239,8 +255,3 @@ class LoRABatch:
 
 def _on_device(values: object) -> bool:
     return isinstance(values, Tensor) and not values.is_cpu
-
-
-@torch.library.register_fake("lora_ext::update_plan_")
-def _(*args: object) -> tuple[int, bool]:
-    raise RuntimeError("LoRABatch.update reads host memory: call it outside of compiled programs")
