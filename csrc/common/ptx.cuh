@@ -167,6 +167,17 @@ __device__ __forceinline__ void grid_dependency_launch() {
 }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+// Of this CTA's cluster in the grid, along x, and of the CTA in its cluster.
+__device__ __forceinline__ int cluster_id() {
+  int id;
+  asm("mov.u32 %0, %%clusterid.x;\n" : "=r"(id));
+  return id;
+}
+__device__ __forceinline__ int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;\n" : "=r"(rank));
+  return rank;
+}
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release;\n" ::: "memory");
 }

@@ -106,7 +106,10 @@ cudaError_t launch_wgmma(const ShrinkParams& p, const ShrinkShape& shape, int cl
   launch.shared_bytes = WgmmaTraits<kRows>::kSharedBytes;
   launch.cluster = cluster;
   launch.dependent = !p.fill;
-  return launch_kernel(shrink_wgmma_kernel<T, kRows>, launch, p.stream, p, maps, cluster);
+  const auto inverse =
+      static_cast<unsigned>((1ull << 32) / cluster + ((1ull << 32) % cluster != 0));
+  return launch_kernel(shrink_wgmma_kernel<T, kRows>, launch, p.stream, p, maps, cluster,
+                       static_cast<int>(clusters), inverse);
 }
 
 }  // namespace

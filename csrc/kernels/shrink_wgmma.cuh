@@ -86,6 +86,12 @@ struct ShrinkPiece {
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+// n / d of numbers up to some thousands. A division of integers takes forty instructions, one
+// behind the other, and a CTA's first copy would wait for several.
+__device__ __forceinline__ int small_quotient(int n, int d) {
+  return static_cast<int>(__fdividef(static_cast<float>(n) + 0.5f, static_cast<float>(d)));
+}
+
 __device__ __forceinline__ void find_tokens(const ShrinkParams& p, ShrinkPiece& piece) {
   const int lane = threadIdx.x % 32, count = piece.tile.count;
 #pragma unroll
@@ -112,7 +118,7 @@ __device__ __forceinline__ void copy_piece(const ShrinkParams& p, const ShrinkMa
   const int slice_boxes = XaLayout::padded(piece.rank) / kBoxRowsA;
   const int boxes = piece.columns / kBoxRowsA;
   const int box = first_column / kBoxRowsA + lane;
-  const int slice = min(box / slice_boxes, p.num_slices - 1);
+  const int slice = min(small_quotient(box, slice_boxes), p.num_slices - 1);
   const int a_row = static_cast<int>(p.a.first_row[slice]) +
                     (p.a.rows_by_rank ? slice * piece.rank : 0) +
                     (box - slice * slice_boxes) * kBoxRowsA;
@@ -217,7 +223,7 @@ __device__ __forceinline__ void shrink_wgmma_piece(const ShrinkParams& p, const 
                                                    const ShrinkPiece& piece, int cluster,
                                                    uint32_t& sums_turn, StageRing<kRows>& ring) {
   using Traits = WgmmaTraits<kRows>;
-  const int first_column = blockIdx.y * kRows, member = blockIdx.x % cluster;
+  const int first_column = blockIdx.y * kRows, member = cluster > 1 ? device::cluster_rank() : 0;
   const bool multiplies = threadIdx.x < kWarpgroup;
   float sums[kRows / 2];
   if (multiplies) {
@@ -256,7 +262,7 @@ __device__ __forceinline__ void shrink_wgmma_piece(const ShrinkParams& p, const 
     device::cluster_arrive_relaxed();
     device::cluster_wait();  // all stages of all members are free
   }
-  const int each = kWideTileTokens / cluster + (kWideTileTokens % cluster != 0);
+  const int each = small_quotient(kWideTileTokens - 1, cluster) + 1;
   const int own_tokens = min(max(piece.tile.count - member * each, 0), each);
   if (threadIdx.x == 0 && !alone) {
     device::barrier_arrive_expecting(ring.sums(), own_tokens * cluster * kRows * 4);
@@ -266,7 +272,7 @@ __device__ __forceinline__ void shrink_wgmma_piece(const ShrinkParams& p, const 
     for (int h = 0; h < 2; ++h) {
       const int token = first_token + 8 * h;
       if (token < piece.tile.count) {
-        const int owner = token / each;
+        const int owner = small_quotient(token, each);
         const int at = (member * each + token - owner * each) * Traits::kSumStride + 4 * q;
         unsigned char* own = ring.shared + 4 * at;
         const uint32_t to = alone ? 0 : device::peer_address(own, owner);
@@ -310,11 +316,13 @@ __device__ __forceinline__ void shrink_wgmma_piece(const ShrinkParams& p, const 
 #endif
 
 // A cluster serves every so manyth tile, so that a grid of likely size does for any batch; where
-// tiles are cut into parts, a CTA serves its part.
+// tiles are cut into parts, a CTA serves its part. inverse: 2^32 / cluster, rounded up, of a
+// cluster of more than one.
 template <typename T, int kRows>
 __global__ void __launch_bounds__(kWgmmaBound, 2)
     shrink_wgmma_kernel(const __grid_constant__ ShrinkParams p,
-                        const __grid_constant__ ShrinkMaps maps, int cluster) {
+                        const __grid_constant__ ShrinkMaps maps, int cluster, int num_clusters,
+                        unsigned inverse) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Traits = WgmmaTraits<kRows>;
   extern __shared__ unsigned char unaligned[];
@@ -336,16 +344,48 @@ __global__ void __launch_bounds__(kWgmmaBound, 2)
   device::grid_dependency_launch();
   const int all_steps = (static_cast<int>(p.in_features) + kBoxK - 1) / kBoxK;
   uint32_t sums_turn = 0;
+  int num_tiles = p.plan.header[kNumWideTiles];
+  num_tiles = p.layout.by_tile ? min(num_tiles, p.layout.most_tiles) : num_tiles;
+  const int own_tile = device::cluster_id();
+  const auto capacity = static_cast<int>(p.plan.max_tokens / kWideTileTokens + p.plan.num_slots);
   ShrinkPiece piece{};
-  const auto serve = [&](int members, int begin, int steps) {
+  piece.tile = p.plan.wide_tiles[min(own_tile, capacity - 1)];  // in the same trip
+  // A cluster takes every so manyth tile; a part, all steps of the tiles in a row.
+  const bool in_parts = p.layout.parts > 0 && num_tiles > p.layout.whole_tiles;
+  const int part = blockIdx.x, members = in_parts ? 1 : cluster;
+  int tile = own_tile, begin = 0, left = all_steps;
+  if (in_parts) {
+    const XaLayout::Cut cut = p.layout.cut(num_tiles);
+    const int at = cut.begin(part);
+    tile = at / all_steps, begin = at - tile * all_steps, left = cut.begin(part + 1) - at;
+  }
+  // One loop for both, whose body is there once: the code, too, comes from memory.
+#pragma unroll 1
+  for (bool first = true; tile < num_tiles && left > 0; first = false) {
+    const int steps = min(left, all_steps - begin);
+    if (!first && !in_parts) {
+      device::fence_shared_for_products();
+      __syncthreads();  // the sums' room becomes stages again
+    }
+    if (!first || in_parts) {
+      piece.tile = p.plan.wide_tiles[tile];
+    }
+    piece.first_row = int64_t{in_parts ? XaLayout::place(part, tile) : tile} * kWideTileTokens;
     // The rank and the tokens come in one trip.
     piece.rank = min(p.ranks[piece.tile.slot], p.max_rank);
     find_tokens(p, piece);
     piece.columns = min(
         XaLayout::padded(piece.rank) * p.num_slices - static_cast<int>(blockIdx.y) * kRows, kRows);
-    const int member = blockIdx.x % members, share = steps * member / members;
-    piece.steps = steps * (member + 1) / members - share;
-    piece.first_k = (begin + share) * kBoxK;
+    piece.steps = steps;
+    piece.first_k = begin * kBoxK;
+    if (members > 1) {                     // the CTA's share
+      const auto from = [&](int member) {  // steps * member / members
+        return static_cast<int>(__umulhi(steps * member, inverse));
+      };
+      const int member = device::cluster_rank(), share = from(member);
+      piece.steps = from(member + 1) - share;
+      piece.first_k = share * kBoxK;
+    }
     // Where steps are mostly A, tiles begin at different ones: CTAs that ask for the same lines at
     // the same time wait for each other. Parts are apart anyway.
     constexpr bool kMostlyA = kRows > kBoxRowsX;
@@ -356,33 +396,9 @@ __global__ void __launch_bounds__(kWgmmaBound, 2)
     if (piece.rank > 0 && piece.columns > 0) {  // all members alike
       shrink_wgmma_piece<T, kRows>(p, maps, piece, members, sums_turn, ring);
     }
-  };
-  int num_tiles = p.plan.header[kNumWideTiles];
-  num_tiles = p.layout.by_tile ? min(num_tiles, p.layout.most_tiles) : num_tiles;
-  const int clusters = gridDim.x / cluster, own_tile = blockIdx.x / cluster;
-  const auto capacity = static_cast<int>(p.plan.max_tokens / kWideTileTokens + p.plan.num_slots);
-  piece.tile = p.plan.wide_tiles[min(own_tile, capacity - 1)];  // in the same trip
-  if (p.layout.parts > 0 && num_tiles > p.layout.whole_tiles) {
-    const int part = blockIdx.x;
-    const XaLayout::Cut cut = p.layout.cut(num_tiles);
-    const int end = cut.begin(part + 1);
-    for (int at = cut.begin(part); at < end;) {
-      const int tile = at / all_steps, tile_end = min(end, (tile + 1) * all_steps);
-      piece.tile = p.plan.wide_tiles[tile];
-      piece.first_row = int64_t{XaLayout::place(part, tile)} * kWideTileTokens;
-      serve(1, at - tile * all_steps, tile_end - at);
-      at = tile_end;
-    }
-    return;
-  }
-  for (int tile = own_tile; tile < num_tiles; tile += clusters) {
-    if (tile > own_tile) {
-      device::fence_shared_for_products();
-      __syncthreads();  // the sums' room becomes stages again
-      piece.tile = p.plan.wide_tiles[tile];
-    }
-    piece.first_row = int64_t{tile} * kWideTileTokens;
-    serve(cluster, 0, all_steps);
+    left -= in_parts ? steps : 0;
+    tile += in_parts ? 1 : num_clusters;
+    begin = 0;
   }
 #endif
 }

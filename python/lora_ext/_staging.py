@@ -50,9 +50,12 @@ class PinnedRows:
     def __init__(self, size: int, device: torch.device) -> None:
         self._device = device
         self._on_gpu = device.type != "cpu"
-        self._device_index = device.index
+        self._device_index = -1
         self._stream = _NOT_READ  # of what reads them
         if self._on_gpu:
+            self._device_index = (
+                torch.cuda.current_device() if device.index is None else device.index
+            )
             _release_read_rows()
         with torch.inference_mode(False):
             rows = torch.zeros(
