@@ -59,7 +59,12 @@ def test_compiled_training_step(device, dynamic):
         return head(torch.relu(apply(base(x), x, module, with_grad, plan))).square().sum()
 
     torch._dynamo.reset()
-    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
+    # Inductor (torch 2.11) doubles some of the head's gradient in place with more threads than it
+    # has elements, and one thread may then read what another has written: the sum over it, the
+    # gradient of the bias, comes out wrong, without this library too.
+    compiled = torch.compile(
+        loss, fullgraph=True, dynamic=dynamic, options={"inplace_buffers": False}
+    )
     batches = [[0, 1, -1, 1, 1, 0], [1] * 6, [-1] * 6]
     if dynamic:
         batches += [[0, 1] * 5, [1, -1, 0] * 13]
