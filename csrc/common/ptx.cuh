@@ -64,16 +64,33 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&out)[4], const void* row)
 }
 
 // Copies 16 (8) bytes without a stop in registers; only the first `bytes` are read, the rest
-// becomes 0.
+// becomes 0. kLine: where L2 has to ask memory, it asks for all 128 bytes of the line, which pays
+// where copies of the rest follow.
+template <bool kLine = false>
 __device__ __forceinline__ void copy_async_16(void* to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(to)),
-               "l"(from), "r"(bytes)
-               : "memory");
+  if constexpr (kLine) {
+    asm volatile(
+        "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(shared_address(to)),
+        "l"(from), "r"(bytes)
+        : "memory");
+  } else {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(to)),
+                 "l"(from), "r"(bytes)
+                 : "memory");
+  }
 }
+template <bool kLine = false>
 __device__ __forceinline__ void copy_async_8(void* to, const void* from, int bytes) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;\n" ::"r"(shared_address(to)),
-               "l"(from), "r"(bytes)
-               : "memory");
+  if constexpr (kLine) {
+    asm volatile(
+        "cp.async.ca.shared.global.L2::128B [%0], [%1], 8, %2;\n" ::"r"(shared_address(to)),
+        "l"(from), "r"(bytes)
+        : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;\n" ::"r"(shared_address(to)),
+                 "l"(from), "r"(bytes)
+                 : "memory");
+  }
 }
 __device__ __forceinline__ void copy_async_commit() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");

@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kMoeThreads, (expand_min_blocks<T, Y, kChunk, 
           if constexpr (kChunk == 8) {
             device::copy_async_16(to, b + i * row_stride + j, bytes);
           } else {
-            device::copy_async_8(to, b + i * row_stride + j, bytes);
+            device::copy_async_8<true>(to, b + i * row_stride + j, bytes);
           }
         }
       } else {

@@ -70,7 +70,7 @@ __device__ __forceinline__ void shrink_few(const MoeShrinkParams& p, const MoeSh
   unsigned char* const own = buffer + thread * 16;
   const auto copy = [&](unsigned char* to, const T* row, int k, bool exists) {
     if constexpr (kVector) {
-      device::copy_async_16(to, row + k, exists && k < work.k_end ? 16 : 0);
+      device::copy_async_16<true>(to, row + k, exists && k < work.k_end ? 16 : 0);
     } else {
       device::Chunk<T, 8> values;
       device::load_scalars(values, row + k, exists ? work.k_end - k : 0);
@@ -243,7 +243,7 @@ __device__ __forceinline__ void shrink_many(const MoeShrinkParams& p, const MoeS
   const T* a_row = a + (work.row0 + row) * a_stride + 8 * chunk;
   const auto copy = [&](unsigned char* to, const T* from, int k) {
     if constexpr (kVector) {
-      device::copy_async_16(to, from + k, k + 8 * chunk < work.k_end ? 16 : 0);
+      device::copy_async_16<true>(to, from + k, k + 8 * chunk < work.k_end ? 16 : 0);
     } else {
       device::Chunk<T, 8> values;
       device::load_scalars(values, from + k, work.k_end - k - 8 * chunk);
