@@ -1,5 +1,6 @@
 // lora_apply_: the decode kernels for few tokens, else the wide shrink and expand.
 #include "kernels/decode_expand.cuh"
+#include "kernels/decode_expand_stream.cuh"
 #include "kernels/decode_shrink.cuh"
 #include "kernels/kernels.h"
 #include "kernels/launch.cuh"
@@ -88,11 +89,22 @@ cudaError_t launch_expand(const ApplyParams& p, const ApplyConfig& config, bool 
   const bool all_vector = d.vector_y && p.b.slot_offsets == nullptr &&
                           is_multiple(p.b, p.slices.count, kChunk, 2 * kChunk);
   LaunchShape shape{};
-  shape.grid = dim3(static_cast<unsigned>(num_tiles(p) * d.blocks_per_tile));
   shape.threads = kExpandThreads;
-  shape.shared_bytes = DecodeExpandTraits<Y, kChunk>::shared_bytes(p.max_rank);
   shape.cluster = 1;
   shape.dependent = true;
+  const DeviceProperties device = device_properties();
+  const int stream_bytes = DecodeStreamTraits<Y, kChunk>::shared_bytes(p.max_rank);
+  const int resident = std::min(kDecodeStreamCtas<kChunk>,
+                                device.shared_bytes / (stream_bytes + kReservedSharedBytes));
+  const int64_t stream_ctas = decode_stream_ctas(p.num_tokens, p.plan.num_slots, d.blocks_per_tile,
+                                                 resident, device.sm_count);
+  if (all_vector && stream_ctas > 0) {
+    shape.grid = dim3(static_cast<unsigned>(stream_ctas));
+    shape.shared_bytes = stream_bytes;
+    return launch_kernel(decode_expand_stream_kernel<T, Y, kChunk>, shape, p.stream, d);
+  }
+  shape.grid = dim3(static_cast<unsigned>(num_tiles(p) * d.blocks_per_tile));
+  shape.shared_bytes = DecodeExpandTraits<Y, kChunk>::shared_bytes(p.max_rank);
   return launch_kernel(all_vector ? decode_expand_kernel<T, Y, kChunk, false>
                                   : decode_expand_kernel<T, Y, kChunk, true>,
                        shape, p.stream, d);

@@ -16,27 +16,30 @@ namespace lora_ext::cuda {
 
 struct DeviceProperties {
   int sm_count;
+  int shared_bytes;  // of an SM, for all CTAs together
   bool clusters;
 };
 
 // Read once per device: cudaDeviceGetAttribute costs about as much as an eager call of an op.
 inline DeviceProperties device_properties() {
   constexpr int kMaxDevices = 64;
-  static std::array<std::atomic<int>, kMaxDevices>
-      cache{};  // sm_count * 2 + clusters; 0: not read yet
+  static std::array<std::atomic<int64_t>, kMaxDevices>
+      cache{};  // shared_bytes, then 31 bits of sm_count, then clusters; 0: not read yet
   int device = 0;
   cudaGetDevice(&device);
-  int packed = device < kMaxDevices ? cache[device].load(std::memory_order_relaxed) : 0;
+  int64_t packed = device < kMaxDevices ? cache[device].load(std::memory_order_relaxed) : 0;
   if (packed == 0) {
-    int sm_count = 0, major = 0;
+    int sm_count = 0, shared_bytes = 0, major = 0;
     cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device);
+    cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    packed = sm_count * 2 + (major >= 9 ? 1 : 0);
+    packed = int64_t{shared_bytes} << 32 | sm_count * 2 | (major >= 9 ? 1 : 0);
     if (device < kMaxDevices) {
       cache[device].store(packed, std::memory_order_relaxed);
     }
   }
-  return {packed / 2, packed % 2 != 0};
+  return {static_cast<int>(packed & 0xffffffff) / 2, static_cast<int>(packed >> 32),
+          packed % 2 != 0};
 }
 
 struct LaunchShape {

@@ -1,0 +1,267 @@
+// The decode expand where the work is more than a wave of CTAs: as many CTAs as are resident walk
+// along the rows of y (see decode_tile.cuh).
+//
+// The work of a batch, tiles by blocks of 256 columns, is cut into equal parts, one a CTA. It adds
+// up the partial products of a tile and a slice once and passes its blocks with B and y of the next
+// one on their way. A CTA for each block, as in decode_expand.cuh, would look for its tile, add up
+// and wait for its copies each time, and that takes longer than the copies do. Where nobody has an
+// adapter, the grid is small.
+#pragma once
+
+#include "kernels/decode_expand.cuh"
+
+namespace lora_ext::cuda {
+
+// CTAs of an SM: what shared memory has room for with bf16 and ranks up to 128.
+template <int kChunk>
+constexpr int kDecodeStreamCtas = kChunk == 4 ? 4 : 3;
+
+template <typename Y, int kChunk>
+struct DecodeStreamTraits : DecodeExpandTraits<Y, kChunk> {
+  using Expand = DecodeExpandTraits<Y, kChunk>;
+  static constexpr int kStages = 2;  // a third costs a CTA of the SM, and is slower
+  static constexpr int kStageBytes = Expand::kStageBytes + Expand::kOutputBytes;
+  LORA_EXT_HOST_DEVICE static int shared_bytes(int max_rank) {
+    return Expand::kHeaderBytes + kStages * kStageBytes +
+           2 * kTileTokens * Expand::xa_stride(max_rank) * 2;
+  }
+};
+
+// Blocks first to last of a slice, for a tile.
+template <typename T, typename Y, int kChunk>
+__device__ __forceinline__ void decode_expand_blocks(const DecodeExpandParams& p,
+                                                     const DecodeTile& t, int tile, int slice,
+                                                     int first, int last, bool& waited,
+                                                     unsigned char* shared) {
+  using Traits = DecodeStreamTraits<Y, kChunk>;
+  constexpr int kSpan = Traits::kSpan, kStages = Traits::kStages;
+  constexpr int kQuads = kTileTokens / 4;
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4,
+            q = lane % 4;
+  const auto& from = p.slices[slice];
+  const int rank = t.rank;
+  const int xa_stride = Traits::xa_stride(p.batch.max_rank);
+  int* token_max = reinterpret_cast<int*>(shared);
+  unsigned char* stages = shared + Traits::kHeaderBytes;
+  T* xa_high = reinterpret_cast<T*>(stages + kStages * Traits::kStageBytes);
+  T* xa_low = xa_high + kTileTokens * xa_stride;
+
+  // Columns, outputs and the order of weights in a lane are as in decode_expand_body.
+  const int lane_column = warp * kUnitColumns + 8 * g;
+  Y* rows[4];
+#pragma unroll
+  for (int o = 0; o < 4; ++o) {
+    const int id = __shfl_sync(0xffffffffu, t.token, 8 * (o / 2) + 2 * q + o % 2);
+    rows[o] = id >= 0 ? static_cast<Y*>(p.y) + id * p.y_stride + from.first_column + lane_column
+                      : nullptr;
+  }
+  const T* b = static_cast<const T*>(from.b) + t.slot * from.slot_stride +
+               (from.first_row + lane_column) * from.row_stride + q * kChunk;
+  // A stage takes a step of a block's weights, and with the last step y. Each lane copies to where
+  // it reads itself, so no barrier stands between the copies and their use.
+  int fetched = first, fetched_rank = 0, fetch_stage = 0;
+  const auto fetch = [&] {
+    if (fetched < last) {
+      unsigned char* stage = stages + fetch_stage * Traits::kStageBytes;
+      const int column = fetched * kExpandColumns;
+      const bool exists = lane_column + column < from.width;  // columns come in whole eights
+      if (exists) {
+        T* to = reinterpret_cast<T*>(stage) + thread * kChunk;
+        const T* row = b + column * from.row_stride + fetched_rank;
+        const int valid = 2 * min(max(rank - fetched_rank - q * kChunk, 0), kChunk);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          if constexpr (kChunk == 8) {
+            device::copy_async_16(to + i * kExpandThreads * kChunk, row, valid);
+          } else {
+            device::copy_async_8(to + i * kExpandThreads * kChunk, row, valid);
+          }
+          row += from.row_stride;
+        }
+      }
+      fetched_rank += kSpan;
+      if (fetched_rank >= rank) {
+        Y* y_to = reinterpret_cast<Y*>(stage + Traits::Expand::kStageBytes) + thread * 8;
+#pragma unroll
+        for (int o = 0; o < 4; ++o) {
+          if (exists && rows[o] != nullptr) {
+#pragma unroll
+            for (int i = 0; i < 8; i += 16 / static_cast<int>(sizeof(Y))) {
+              device::copy_async_16(y_to + o * kExpandThreads * 8 + i, rows[o] + column + i, 16);
+            }
+          }
+        }
+        fetched_rank = 0, ++fetched;
+      }
+    }
+    fetch_stage = fetch_stage + 1 < kStages ? fetch_stage + 1 : 0;
+    device::copy_async_commit();
+  };
+#pragma unroll 1
+  for (int s = 0; s < kStages - 1; ++s) {
+    fetch();
+  }
+
+  PartialProducts xa(p.batch, t, tile, slice);
+  if (!waited) {
+    device::grid_dependency_launch();
+    device::grid_dependency_wait();
+    waited = true;
+  }
+  xa.scaling = __ldcg(xa.scaling_at);
+  __syncthreads();  // all warps are done with xa of the blocks before
+  if constexpr (device::kNeedsScale<T>) {
+    if (thread < kTileTokens) {
+      token_max[thread] = 0;
+    }
+    __syncthreads();
+    for (int i = thread; i < rank * kQuads; i += kExpandThreads) {
+      const int token = i % kQuads * 4;
+      const float4 sum = token < t.count ? xa.quad(i / kQuads, token) : make_float4(0, 0, 0, 0);
+      const float values[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        atomicMax(token_max + token + e, __float_as_int(fabsf(values[e])));
+      }
+    }
+    __syncthreads();
+  }
+  const int padded = (rank + kSpan - 1) / kSpan * kSpan;
+  constexpr int kRows = kExpandThreads / kQuads;  // that the CTA adds up at a time
+  constexpr int kAtOnce = 2;                      // and so often, all loads in flight together
+  for (int i = thread; i < padded * kQuads; i += kAtOnce * kExpandThreads) {
+    const int first_row = i / kQuads, token = i % kQuads * 4;
+    float4 sums[kAtOnce] = {};
+    if (token < t.count) {
+      const float* part = xa.first + first_row * kTileTokens + token;
+#pragma unroll 4
+      for (int c = 0; c < xa.splits; ++c, part += xa.stride) {
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+          if (first_row + k * kRows < rank) {
+            const float4 next =
+                __ldcg(reinterpret_cast<const float4*>(part + k * kRows * kTileTokens));
+            sums[k].x += next.x, sums[k].y += next.y, sums[k].z += next.z, sums[k].w += next.w;
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int row = first_row + k * kRows;
+      const float values[4] = {sums[k].x, sums[k].y, sums[k].z, sums[k].w};
+      if (row < padded) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float scale =
+              device::kNeedsScale<T> ? device::scale_down(token_max[token + e]) : 1.0f;
+          T high, low;
+          device::split(values[e] * xa.scaling * scale, high, low);
+          xa_high[(token + e) * xa_stride + row] = high;
+          xa_low[(token + e) * xa_stride + row] = low;
+        }
+      }
+    }
+  }
+  __syncthreads();
+
+  int next_stage = 0;
+#pragma unroll 1
+  for (int block = first; block < last; ++block) {
+    float acc[4][2][4] = {};
+    const unsigned char* stage = stages;
+#pragma unroll 1
+    for (int j = 0; j < rank; j += kSpan) {
+      device::copy_async_wait<kStages - 2>();
+      fetch();  // to the stage that was used last
+      stage = stages + next_stage * Traits::kStageBytes;
+      next_stage = next_stage + 1 < kStages ? next_stage + 1 : 0;
+      const T* weights_at = reinterpret_cast<const T*>(stage) + thread * kChunk;
+      device::Chunk<T, kChunk> high[2], low[2];
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const int at = (8 * n + g) * xa_stride + j + q * kChunk;
+        high[n] = *reinterpret_cast<const device::Chunk<T, kChunk>*>(xa_high + at);
+        low[n] = *reinterpret_cast<const device::Chunk<T, kChunk>*>(xa_low + at);
+      }
+#pragma unroll
+      for (int m = 0; m < 4; ++m) {
+        device::Chunk<T, kChunk> weights[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          weights[h] = *reinterpret_cast<const device::Chunk<T, kChunk>*>(
+              weights_at + (2 * m + h) * kExpandThreads * kChunk);
+        }
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          if (n == 0 || t.count > 8 * n) {
+#pragma unroll
+            for (int w = 0; w < kChunk / 2; w += 2) {
+              device::mma<T>(acc[m][n], weights[0].words[w], weights[1].words[w],
+                             weights[0].words[w + 1], weights[1].words[w + 1], high[n].words[w],
+                             high[n].words[w + 1]);
+              device::mma<T>(acc[m][n], weights[0].words[w], weights[1].words[w],
+                             weights[0].words[w + 1], weights[1].words[w + 1], low[n].words[w],
+                             low[n].words[w + 1]);
+            }
+          }
+        }
+      }
+    }
+    const int column = block * kExpandColumns;
+    if (lane_column + column < from.width) {
+      const Y* y_at = reinterpret_cast<const Y*>(stage + Traits::Expand::kStageBytes) + thread * 8;
+#pragma unroll
+      for (int o = 0; o < 4; ++o) {
+        if (rows[o] == nullptr) {
+          continue;
+        }
+        float delta[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          delta[i] = acc[i / 2][o / 2][i % 2 * 2 + o % 2];
+          if constexpr (device::kNeedsScale<T>) {
+            delta[i] *= device::scale_up(token_max[8 * (o / 2) + 2 * q + o % 2]);
+          }
+        }
+        device::Outputs<Y> values;
+        values.load(y_at + o * kExpandThreads * 8);
+        values.add(delta);
+        values.store(rows[o] + column);
+      }
+    }
+  }
+}
+
+// For B and y whose rows allow vector accesses.
+template <typename T, typename Y, int kChunk>
+__global__ void __launch_bounds__(kExpandThreads, kDecodeStreamCtas<kChunk>)
+    decode_expand_stream_kernel(const __grid_constant__ DecodeExpandParams p) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  bool waited = !p.after_shrink;
+  if (waited) {
+    device::grid_dependency_launch();
+    device::grid_dependency_wait();
+  }
+  const int num_tiles = min(__ldcg(p.batch.header + kNumTiles), p.batch.tile_capacity);
+  const unsigned items = num_tiles * p.blocks_per_tile, parts = gridDim.x;
+  const unsigned each = items / parts, longer = items - each * parts;  // parts with an item more
+  int at = static_cast<int>(each * blockIdx.x + min(blockIdx.x, longer));
+  const int end = static_cast<int>(at + each + (blockIdx.x < longer));
+  while (at < end) {
+    const int tile = at / p.blocks_per_tile;
+    int slice = 0, slice_begin = tile * p.blocks_per_tile;
+    while (at - slice_begin >= p.slices[slice].blocks) {
+      slice_begin += p.slices[slice++].blocks;
+    }
+    const int last = min(end, slice_begin + p.slices[slice].blocks);
+    const DecodeTile t = read_tile(p.batch, tile, 0, 0);
+    if (t.slot >= 0 && t.rank > 0) {
+      decode_expand_blocks<T, Y, kChunk>(p, t, tile, slice, at - slice_begin, last - slice_begin,
+                                         waited, shared);
+    }
+    at = last;
+  }
+}
+
+}  // namespace lora_ext::cuda
