@@ -243,6 +243,9 @@ __global__ void __launch_bounds__(kExpandThreads, kDecodeStreamCtas<kChunk>)
     device::grid_dependency_launch();
     device::grid_dependency_wait();
   }
+  // Looked at beside the number of tiles: where there is a CTA for each item, it is the one.
+  int known = blockIdx.x / p.blocks_per_tile;
+  DecodeTile t = read_tile(p.batch, known, 0, 0);
   const int num_tiles = min(__ldcg(p.batch.header + kNumTiles), p.batch.tile_capacity);
   const unsigned items = num_tiles * p.blocks_per_tile, parts = gridDim.x;
   const unsigned each = items / parts, longer = items - each * parts;  // parts with an item more
@@ -255,7 +258,10 @@ __global__ void __launch_bounds__(kExpandThreads, kDecodeStreamCtas<kChunk>)
       slice_begin += p.slices[slice++].blocks;
     }
     const int last = min(end, slice_begin + p.slices[slice].blocks);
-    const DecodeTile t = read_tile(p.batch, tile, 0, 0);
+    if (tile != known) {
+      known = tile;
+      t = read_tile(p.batch, tile, 0, 0);
+    }
     if (t.slot >= 0 && t.rank > 0) {
       decode_expand_blocks<T, Y, kChunk>(p, t, tile, slice, at - slice_begin, last - slice_begin,
                                          waited, shared);
