@@ -117,11 +117,17 @@ def _cpu_sampler(candidate: Candidate) -> _Sampler:
 def _capture(run: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     pool = torch.cuda.graph_pool_handle()
+    stream = torch.cuda.Stream(device)
+    # Some providers have workspaces for each stream, which they do not make during a capture.
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        run()
+    stream.synchronize()
     try:
         # The outer block brings the stream back where a failed capture does not.
         with (
             torch.cuda.stream(torch.cuda.current_stream(device)),
-            torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
         ):
             run()
     except RuntimeError:
