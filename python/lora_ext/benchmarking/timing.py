@@ -117,7 +117,7 @@ def _cpu_sampler(candidate: Candidate) -> _Sampler:
 def _capture(run: Callable[[], object], device: torch.device) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     pool = torch.cuda.graph_pool_handle()
-    stream = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     # Some providers have workspaces for each stream, which they do not make during a capture.
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
