@@ -35,7 +35,7 @@ DecodeBatch decode_batch(const ApplyParams& p, const ApplyConfig& config) {
   batch.scalings = p.scalings;
   batch.partial = static_cast<float*>(p.workspace);
   batch.tile_capacity = static_cast<int32_t>(num_tiles(p));
-  batch.split_limits = config.split_limits;
+  batch.split_rules = config.split_rules;
   batch.max_tokens = static_cast<int32_t>(p.plan.max_tokens);
   batch.num_slots = static_cast<int32_t>(p.plan.num_slots);
   batch.num_tokens = static_cast<int32_t>(p.num_tokens);
@@ -65,11 +65,12 @@ cudaError_t launch_shrink(const ApplyParams& p, const ApplyConfig& config) {
       d.vector_x && p.a.slot_offsets == nullptr && is_multiple(p.a, p.slices.count, 8, 16);
   LaunchShape shape{};
   shape.grid =
-      dim3(static_cast<unsigned>(d.row_groups * config.split_limits.most_parts(num_tiles(p))));
+      dim3(static_cast<unsigned>(d.row_groups * config.split_rules.all_parts(num_tiles(p))));
   shape.threads = kShrinkThreads;
   shape.shared_bytes = Traits::kSharedBytes;
   shape.cluster = 1;
   shape.dependent = true;
+  shape.shared_percent = config.shared_percent;
   return launch_kernel(
       all_vector ? decode_shrink_kernel<T, kBlocks, false> : decode_shrink_kernel<T, kBlocks, true>,
       shape, p.stream, d);
@@ -105,6 +106,7 @@ cudaError_t launch_expand(const ApplyParams& p, const ApplyConfig& config, bool 
   }
   shape.grid = dim3(static_cast<unsigned>(num_tiles(p) * d.blocks_per_tile));
   shape.shared_bytes = DecodeExpandTraits<Y, kChunk>::shared_bytes(p.max_rank);
+  shape.shared_percent = config.shared_percent;
   return launch_kernel(all_vector ? decode_expand_kernel<T, Y, kChunk, false>
                                   : decode_expand_kernel<T, Y, kChunk, true>,
                        shape, p.stream, d);
@@ -132,7 +134,7 @@ int64_t apply_workspace(const ApplyParams& p) {
   const ApplyConfig config = config_of(p);
   const int64_t columns = int64_t{p.slices.count} * p.max_rank;
   if (config.decode) {
-    return config.split_limits.most_parts(num_tiles(p)) * columns * kTileTokens;
+    return config.split_rules.all_parts(num_tiles(p)) * columns * kTileTokens;
   }
   // Without regard to how the tensors lie: the halves of an apply know different ones of them.
   return std::max(p.num_tokens * columns, shrink_layout_elements(shrink_of(p)));
