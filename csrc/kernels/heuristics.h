@@ -142,7 +142,7 @@ inline SplitRules split_rules(const ApplyShape& s, int row_groups, bool small) {
     }
     if (s.batch_invariant) {  // as for one tile, whatever the batch
       parts = std::clamp<int64_t>(ctas, 1, parts);
-      ctas = 1 << 20;
+      ctas = 1 << 30;
     }
     rules.most_parts[i] = static_cast<int32_t>(parts);
     rules.most_ctas[i] = static_cast<int32_t>(ctas);
