@@ -98,7 +98,7 @@ cudaError_t launch_expand(const ApplyParams& p, const ApplyConfig& config, bool 
   const int resident = std::min(kDecodeStreamCtas<kChunk>,
                                 device.shared_bytes / (stream_bytes + kReservedSharedBytes));
   const int64_t stream_ctas = decode_stream_ctas(p.num_tokens, p.plan.num_slots, d.blocks_per_tile,
-                                                 resident, device.sm_count);
+                                                 p.max_rank, resident, device.sm_count);
   if (all_vector && stream_ctas > 0) {
     shape.grid = dim3(static_cast<unsigned>(stream_ctas));
     shape.shared_bytes = stream_bytes;

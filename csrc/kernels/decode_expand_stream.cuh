@@ -73,7 +73,7 @@ __device__ __forceinline__ void decode_expand_blocks(const DecodeExpandParams& p
           if constexpr (kChunk == 8) {
             device::copy_async_16(to + i * kExpandThreads * kChunk, row, valid);
           } else {
-            device::copy_async_8<true>(to + i * kExpandThreads * kChunk, row, valid);
+            device::copy_async_8(to + i * kExpandThreads * kChunk, row, valid);
           }
           row += from.row_stride;
         }

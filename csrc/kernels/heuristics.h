@@ -173,11 +173,13 @@ inline ApplyConfig apply_config(const ApplyShape& s) {
 }
 
 // CTAs of the decode expand that walk along the rows of y, `resident` on an SM; 0: one CTA for each
-// of a tile's `blocks`, which begins sooner, as long as they are no more than SMs. (gate_up, 32
-// adapters of rank 16: 25.7 -> 19.6 us; down of 256 tokens, mixed ranks: 26.8 -> 23.0.)
+// of a tile's `blocks`, which begins sooner and leaves the shrink more room, as long as they are no
+// more than a wave of them, or half as many again where B is what they wait for. (gate_up, 32
+// adapters of rank 16: 25.7 -> 19.6 us; but qkv, 32 adapters of rank 64: 27.3 -> 30.0.)
 inline int64_t decode_stream_ctas(int64_t num_tokens, int64_t num_slots, int64_t blocks,
-                                  int resident, int sm_count) {
-  const bool many = likely_tiles(num_tokens, num_slots, kTileTokens) * blocks > sm_count;
+                                  int max_rank, int resident, int sm_count) {
+  const int64_t most = int64_t{max_rank <= 16 ? 5 : 6} * sm_count;
+  const bool many = likely_tiles(num_tokens, num_slots, kTileTokens) * blocks > most;
   return many ? int64_t{resident} * sm_count : 0;
 }
 

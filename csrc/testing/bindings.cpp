@@ -113,7 +113,7 @@ void bind_expand(py::module_& m) {
   m.def("expand_is_narrow", &expand_is_narrow, py::kw_only(), "num_tokens"_a, "num_slots"_a,
         "out_features"_a, "sm_count"_a);
   m.def("decode_stream_ctas", &decode_stream_ctas, py::kw_only(), "num_tokens"_a, "num_slots"_a,
-        "blocks"_a, "resident"_a, "sm_count"_a);
+        "blocks"_a, "max_rank"_a, "resident"_a, "sm_count"_a);
   m.def("expand_streams", &expand_streams, py::kw_only(), "num_tokens"_a, "max_rank"_a);
 }
 
