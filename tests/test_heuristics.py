@@ -98,8 +98,8 @@ def test_every_warp_of_the_decode_shrink_has_work(**shape: int) -> None:
         return
     assert shape["half"]
     assert config.blocks in (1, 2)
-    rules = config.split_rules
-    splits = [rules.parts(tiles) for tiles in range(1, 300)]
+    limits = config.split_limits
+    splits = [limits.splits(tiles) for tiles in range(1, 300)]
     assert splits == sorted(splits, reverse=True)
     assert splits[0] == 1 or splits[0] * 32 * 8 < shape["in_features"] + 32 * 8
 
@@ -108,17 +108,54 @@ def test_every_warp_of_the_decode_shrink_has_work(**shape: int) -> None:
 def test_the_grid_has_room_for_every_part_of_every_number_of_tiles(
     capacity: int, **shape: int
 ) -> None:
-    rules = testing.apply_config(batch_invariant=False, **shape).split_rules
-    parts = [tiles * rules.parts(tiles) for tiles in range(1, capacity + 1)]
-    assert rules.all_parts(capacity) >= max(parts)
+    limits = testing.apply_config(batch_invariant=False, **shape).split_limits
+    parts = [tiles * limits.splits(tiles) for tiles in range(1, capacity + 1)]
+    assert limits.most_parts(capacity) >= max(parts)
 
 
 @given(tokens=st.lists(TOKENS, min_size=2, max_size=4), **APPLY)
 def test_batch_invariant_means_one_choice_for_all_batches(tokens: list[int], **shape: int) -> None:
     configs = [testing.apply_config(num_tokens=t, batch_invariant=True, **shape) for t in tokens]
-    assert len({(config.decode, config.split_rules.parts(1)) for config in configs}) == 1
+    assert len({(config.decode, config.split_limits.splits(1)) for config in configs}) == 1
     for config in configs:
-        assert config.split_rules.parts(1) == config.split_rules.parts(10**6)
+        assert config.split_limits.splits(1) == config.split_limits.splits(10**6)
+
+
+@given(
+    num_tokens=TOKENS,
+    in_features=FEATURES,
+    out_features=FEATURES,
+    num_slices=st.integers(1, 8),
+    max_rank=st.integers(1, 1024),
+    sm_count=SM_COUNTS,
+)
+def test_one_stream_of_weights_serves_few_tokens(
+    num_tokens: int, out_features: int, num_slices: int, max_rank: int, **shape: int
+) -> None:
+    config = testing.linear_config(
+        num_tokens=num_tokens,
+        out_features=out_features,
+        num_slices=num_slices,
+        max_rank=max_rank,
+        **shape,
+    )
+    if config.blocks:
+        assert num_tokens <= min(8 * config.blocks, testing.LINEAR_MAX_TOKENS)
+        assert 1 <= config.groups <= min(shape["sm_count"], -(-out_features // 16))
+        assert 4 * 8 * config.blocks * num_slices * max_rank <= 32 * 1024
+    else:
+        assert num_tokens in (0, *range(testing.LINEAR_MAX_TOKENS + 1, num_tokens + 1)) or (
+            num_slices * max_rank > 256
+        )
+
+
+@pytest.mark.parametrize("without", ["half", "dependent", "vector"])
+def test_one_stream_of_weights_has_conditions(without: str) -> None:
+    size = {"num_tokens": 8, "in_features": 4096, "out_features": 6144}
+    size |= {"num_slices": 3, "max_rank": 64}
+    assert testing.linear_config(**size).blocks == 1
+    assert testing.linear_config(**size, **{without: False}).blocks == 0
+    assert testing.linear_config(**size, batch_invariant=True).blocks == 0
 
 
 @given(
@@ -225,18 +262,12 @@ def test_the_expand_streams_where_its_registers_hold_the_ranks() -> None:
     assert not testing.expand_streams(num_tokens=1, max_rank=16)
 
 
-@given(
-    num_slots=SLOTS,
-    blocks=st.integers(1, 1_000),
-    max_rank=st.integers(1, 1024),
-    sm_count=SM_COUNTS,
-)
+@given(num_slots=SLOTS, blocks=st.integers(1, 1_000), sm_count=SM_COUNTS)
 def test_the_decode_expand_streams_where_its_grid_would_be_large(**shape: int) -> None:
     ctas = [testing.decode_stream_ctas(num_tokens=2**i, resident=3, **shape) for i in range(9)]
     assert ctas == sorted(ctas)
     assert set(ctas) <= {0, 3 * shape["sm_count"]}
-    most = (5 if shape["max_rank"] <= 16 else 6) * shape["sm_count"]
-    assert (ctas[0] == 0) == (shape["blocks"] <= most)  # one token, one tile
+    assert (ctas[0] == 0) == (shape["blocks"] <= shape["sm_count"])  # one token, one tile
 
 
 @given(num_slots=SLOTS, out_features=FEATURES, sm_count=SM_COUNTS)

@@ -27,12 +27,22 @@ from generators import (
     strided_rows,
 )
 from lora_ext import ops
-from numerics import assert_close, assert_same_bits, expected_expand, expected_shrink
+from numerics import (
+    Expected,
+    assert_close,
+    assert_same_bits,
+    expected_expand,
+    expected_shrink,
+    half_ulp,
+    sum_error,
+)
 from test_on_device import MIXES, NUM_SLOTS, capture, no_synchronisation
 from test_plan_batch import fill
 
 WAYS = pytest.mark.parametrize("overlap", [False, True], ids=["behind", "beside"])
 RANKS = [16, 3, 0, 64, 8]
+# Up to so many tokens a GPU takes base layer and adapters in one stream, where nothing hinders it.
+STREAMED_TOKENS = 16
 
 
 class Site:
@@ -86,17 +96,31 @@ class Site:
     def base(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
-    def check(self, y: Tensor, x: Tensor, slots: Sequence[int]) -> None:
-        """Compare with the fp64 oracle; what has no adapter has the base layer's bits."""
+    def is_streamed(self, x: Tensor, overlap: bool = False, batch_invariant: bool = False) -> bool:
+        """Whether the base product of x is not torch's."""
+        return (
+            x.is_cuda
+            and torch.cuda.get_device_capability() >= (9, 0)
+            and x.dtype in (torch.bfloat16, torch.float16)
+            and x[..., 0].numel() <= STREAMED_TOKENS
+            and self.module.in_features % 8 == 0
+            and not (overlap or batch_invariant)
+        )
+
+    def check(self, y: Tensor, x: Tensor, slots: Sequence[int], **options: bool) -> None:
+        """Compare with the fp64 oracle. What has no adapter has the base layer's bits, but where
+        the base product is not torch's: there every element has one rounding."""
         module, weights = self.module, self.weights
+        streamed = self.is_streamed(x, **options)
         base, x = self.base(x).flatten(0, -2), x.flatten(0, -2)
         y, padded = y.flatten(0, -2), [*slots, *[-1] * (len(x) - len(slots))]
         of_token = torch.tensor(padded, dtype=torch.int32, device=y.device)
         rest = (module.ranks, module.scalings, of_token, module.num_slices, module.max_rank)
         xa = expected_shrink(x, weights.lora_a, *rest, weights.a_offsets)
         covered = module.out_features
+        exact = self.exact_base(x) if streamed else Expected(base, torch.zeros_like(base))
         want = expected_expand(
-            base[:, :covered],
+            exact.value[:, :covered].to(torch.float64 if streamed else base.dtype),
             xa,
             weights.lora_b,
             module.ranks,
@@ -104,10 +128,23 @@ class Site:
             module.output_slices,
             weights.b_offsets,
         )
+        if streamed:
+            value = torch.cat([want.value, exact.value[:, covered:]], dim=1)
+            error = exact.error.clone()
+            error[:, :covered] += want.error
+            assert_close(y, Expected(value, error + half_ulp(value.abs() + error, y.dtype)))
+            return
         assert_close(y[:, :covered], want)
         assert_same_bits(y[:, covered:], base[:, covered:])
         idle = [t for t, s in enumerate(padded) if s < 0 or int(module.ranks[s]) == 0]
         assert_same_bits(y[idle], base[idle])
+
+    def exact_base(self, x: Tensor) -> Expected:
+        """The base layer in fp64, and what fp32 sums may miss of it."""
+        bias = 0 if self.bias is None else self.bias.double()
+        value = linear(x.double(), self.weight.double()) + bias
+        magnitude = linear(x.double().abs(), self.weight.double().abs()) + value.abs()
+        return Expected(value, sum_error(x.shape[-1], magnitude, x.dtype))
 
 
 # ---- what it computes
@@ -122,19 +159,20 @@ def test_by_the_oracle(device: str, overlap: bool, dtype: torch.dtype, layout: s
     site.weights = site.module.weights(layout)
     slots = random_slots(45, len(RANKS), generator("slots"))
     x = site.x(45)
-    site.check(site(x, make_batch(slots, len(RANKS), device).plan, overlap=overlap), x, slots)
+    y = site(x, make_batch(slots, len(RANKS), device).plan, overlap=overlap)
+    site.check(y, x, slots, overlap=overlap)
 
 
 @on_devices
 @WAYS
-@pytest.mark.parametrize("num_tokens", [0, 1, 300, 1500])
+@pytest.mark.parametrize("num_tokens", [0, 1, 7, 16, 17, 300, 1500])
 def test_any_number_of_tokens(device: str, overlap: bool, num_tokens: int) -> None:
     site = Site(torch.bfloat16, device, bias=False)
     slots = random_slots(num_tokens, len(RANKS), generator("many"))
     x = site.x(num_tokens)
     y = site(x, make_batch(slots, len(RANKS), device).plan, overlap=overlap)
     assert y.shape == (num_tokens, 152)
-    site.check(y, x, slots)
+    site.check(y, x, slots, overlap=overlap)
 
 
 @on_devices
@@ -146,13 +184,13 @@ def test_leading_dimensions_are_tokens(device: str, overlap: bool) -> None:
     for x in (site.x(2, 3), site.x(3, 1, 2), site.x(3, 2).transpose(0, 1)):
         y = site(x, plan, overlap=overlap)
         assert y.shape == (*x.shape[:-1], 152)
-        site.check(y, x, slots)
+        site.check(y, x, slots, overlap=overlap)
     one = site.x()
     y = site(one, make_batch([3], len(RANKS), device).plan, overlap=overlap)
     assert y.shape == (152,)
-    site.check(y[None], one[None], [3])
+    site.check(y[None], one[None], [3], overlap=overlap)
     gaps = strided_rows(site.x(6), 8)
-    site.check(site(gaps, plan, overlap=overlap), gaps, slots)
+    site.check(site(gaps, plan, overlap=overlap), gaps, slots, overlap=overlap)
 
 
 @on_devices
@@ -162,16 +200,17 @@ def test_a_layer_without_outputs_or_slots_in_use_is_its_base(device: str, overla
     x = site.x(5)
     plan = make_batch([0, 1, 2, 3, 4], len(RANKS), device).plan
     assert_same_bits(site(x, plan, overlap=overlap), site.base(x))
-    site = Site(torch.bfloat16, device)
-    plan = make_batch([-1, 2, -1, 2, -1], len(RANKS), device).plan
-    assert_same_bits(site(x, plan, overlap=overlap), site.base(x))
+    site, slots = Site(torch.bfloat16, device), [-1, 2, -1, 2, -1]
+    y = site(x, make_batch(slots, len(RANKS), device).plan, overlap=overlap)
+    site.check(y, x, slots, overlap=overlap)
 
 
 @on_devices
 @WAYS
-def test_deterministic(device: str, overlap: bool) -> None:
+@pytest.mark.parametrize("num_tokens", [11, 60])
+def test_deterministic(device: str, overlap: bool, num_tokens: int) -> None:
     site = Site(torch.bfloat16, device, in_features=1024)
-    x, slots = site.x(60), random_slots(60, len(RANKS), generator("same"))
+    x, slots = site.x(num_tokens), random_slots(num_tokens, len(RANKS), generator("same"))
     plan = make_batch(slots, len(RANKS), device).plan
     first = site(x, plan, overlap=overlap)
     for _ in range(50 if device == "cuda" else 5):
@@ -212,6 +251,103 @@ def forked(site: Site, x: Tensor, plan: Tensor) -> Tensor:
     y = site.base(x)
     ops.lora_join_(y, half, x, weights.lora_b, *rest, **sizes)
     return y
+
+
+# ---- few tokens on a GPU: one stream of the weights, in which the adapters are folded
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("in_features", "slices", "extra"),
+    [
+        (4096, [1024, 256, 256], 0),
+        (200, [72, 41, 7], 5),  # odd rows, slices that share a block of 16
+        (4104, [9000], 24),  # several passes for each multiprocessor, K behind whole steps
+        (8, [3], 0),
+        (14336, [100], 60),
+    ],
+)
+def test_a_stream_of_weights_rounds_once(
+    dtype: torch.dtype, layout: str, in_features: int, slices: list[int], extra: int
+) -> None:
+    ranks = [16, 3, 0, 64, 8, 33, 1]
+    for bias, num_tokens in zip([True, False] * 4, [1, 2, 5, 8, 9, 13, 15, 16], strict=True):
+        sizes: Any = {"in_features": in_features, "slices": slices, "extra": extra}
+        site = Site(dtype, "cuda", **sizes, bias=bias, ranks=ranks)
+        site.weights = site.module.weights(layout)
+        slots = random_slots(num_tokens, len(ranks), generator("few", num_tokens))
+        x = site.x(num_tokens)
+        site.check(site(x, make_batch(slots, len(ranks), "cuda").plan), x, slots)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ranks", [[130, 70], [200, 0]], ids=str)
+def test_a_stream_of_weights_and_ranks_of_several_steps(ranks: list[int]) -> None:
+    site = Site(torch.bfloat16, "cuda", in_features=1024, slices=[512], ranks=ranks)
+    for slots in ([0], [1, 0, -1, 1, 0, 0]):
+        x = site.x(len(slots))
+        site.check(site(x, make_batch(slots, 2, "cuda").plan), x, slots)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [6, 14])
+def test_a_row_without_adapter_has_its_bits_whatever_the_others_have(num_tokens: int) -> None:
+    site = Site(torch.bfloat16, "cuda", in_features=1024)
+    x = site.x(num_tokens)
+    plan = make_batch([-1] * num_tokens, len(RANKS), "cuda").plan
+    alone = site(x, plan)
+    for seed in range(5):
+        slots = random_slots(num_tokens, len(RANKS), generator("others", seed))
+        y = site(x, make_batch(slots, len(RANKS), "cuda").plan)
+        idle = [t for t, slot in enumerate(slots) if slot < 0 or RANKS[slot] == 0]
+        assert_same_bits(y[idle], alone[idle])
+
+
+@pytest.mark.gpu
+def test_few_tokens_of_a_plan_for_many() -> None:
+    """A call with fewer rows than its plan has tokens: the rows beyond are nobody's."""
+    site = Site(torch.bfloat16, "cuda", in_features=1024)
+    slots = random_slots(60, len(RANKS), generator("pruned"))
+    batch = make_batch(slots, len(RANKS), "cuda", 64)
+    x = site.x(64)
+    assert torch.isfinite(site(x[:13], batch.plan)).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 8, 16])
+def test_streams_of_weights_one_behind_the_other(num_tokens: int) -> None:
+    """Each kernel begins before the one in front has ended, and reads what that wrote."""
+    ranks = [16, 64, 0, 3, 8]
+    sites = [
+        Site(torch.bfloat16, "cuda", in_features=k, slices=[n], extra=0, ranks=ranks, bias=False)
+        for k, n in [(2048, 6144), (6144, 1024), (1024, 2048)]
+    ]
+    batch = make_batch([0] * num_tokens, len(ranks), "cuda")
+    x, outputs = sites[0].x(num_tokens), []
+
+    def steps(plan: Tensor, synchronise: bool = False) -> list[Tensor]:
+        results = [x]
+        for site in sites * 2:
+            results.append(site(results[-1], plan))
+            if synchronise:
+                torch.cuda.synchronize()
+        return results
+
+    def captured_steps() -> None:
+        outputs[:] = steps(batch.plan)
+
+    graph = capture(captured_steps)
+    for seed in range(4):
+        slots = random_slots(num_tokens, len(ranks), generator("chain", seed))
+        fill(batch.plan, slots, len(ranks))
+        for output in outputs[1:]:
+            output.fill_(NAN)
+        graph.replay()
+        want = steps(make_batch(slots, len(ranks), "cuda").plan, synchronise=True)
+        for output, expected in zip(outputs, want, strict=True):
+            assert_same_bits(output, expected)
 
 
 # ---- torch
@@ -402,12 +538,14 @@ def reload_in_place(site: Site) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [12, 64])
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_it_runs_behind_what_was_queued_and_before_what_comes(call: Any) -> None:
+def test_it_runs_behind_what_was_queued_and_before_what_comes(call: Any, num_tokens: int) -> None:
     """x appears late, and is destroyed right after the call; so is freed memory, by a caller that
     allocates much. On any other order of the two streams NaN would be read."""
     site = Site(torch.bfloat16, "cuda", in_features=4096, slices=[4096], extra=0)
-    values, plan = site.x(64), make_batch([0, 1, 3, 4] * 16, len(RANKS), "cuda").plan
+    slots = [0, 1, 3, 4] * (num_tokens // 4)
+    values, plan = site.x(num_tokens), make_batch(slots, len(RANKS), "cuda").plan
     want = call(site, values, plan)
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()

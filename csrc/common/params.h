@@ -147,6 +147,15 @@ struct ApplyParams {
   void* stream;
 };
 
+// A base layer and its adapters: apply.y = x W^T + bias + what the apply would add, rounded once.
+struct LinearParams {
+  ApplyParams apply;
+  const void* weight;  // [N, K]
+  const void* bias;    // [N] or null
+  int64_t weight_stride, out_features;
+  void* stream;
+};
+
 // The two halves of an apply whose intermediate goes through its workspace.
 inline ShrinkParams shrink_of(const ApplyParams& p) {
   ShrinkParams shrink{};

@@ -1,4 +1,5 @@
 // lora_apply_: the decode kernels for few tokens, else the wide shrink and expand.
+#include "kernels/decode_batch.cuh"
 #include "kernels/decode_expand.cuh"
 #include "kernels/decode_expand_stream.cuh"
 #include "kernels/decode_shrink.cuh"
@@ -8,42 +9,6 @@
 
 namespace lora_ext::cuda {
 namespace {
-
-ApplyConfig config_of(const ApplyParams& p) {
-  ApplyShape shape{};
-  shape.num_tokens = p.num_tokens;
-  shape.num_slots = p.plan.num_slots;
-  shape.in_features = p.in_features;
-  shape.num_slices = p.slices.count;
-  shape.max_rank = p.max_rank;
-  shape.sm_count = device_properties().sm_count;
-  shape.half = p.dtype != DType::kFloat32;
-  shape.batch_invariant = p.batch_invariant;
-  return apply_config(shape);
-}
-
-int64_t num_tiles(const ApplyParams& p) {
-  return max_tiles(p.num_tokens, p.plan.num_slots, kTileTokens);
-}
-
-DecodeBatch decode_batch(const ApplyParams& p, const ApplyConfig& config) {
-  DecodeBatch batch{};
-  batch.header = p.plan.header;
-  batch.tiles = p.plan.tiles;
-  batch.permutation = p.plan.permutation;
-  batch.ranks = p.ranks;
-  batch.scalings = p.scalings;
-  batch.partial = static_cast<float*>(p.workspace);
-  batch.tile_capacity = static_cast<int32_t>(num_tiles(p));
-  batch.split_rules = config.split_rules;
-  batch.max_tokens = static_cast<int32_t>(p.plan.max_tokens);
-  batch.num_slots = static_cast<int32_t>(p.plan.num_slots);
-  batch.num_tokens = static_cast<int32_t>(p.num_tokens);
-  batch.max_rank = p.max_rank;
-  batch.num_slices = p.slices.count;
-  batch.in_features = static_cast<int32_t>(p.in_features);
-  return batch;
-}
 
 template <typename T, int kBlocks>
 cudaError_t launch_shrink(const ApplyParams& p, const ApplyConfig& config) {
@@ -65,12 +30,11 @@ cudaError_t launch_shrink(const ApplyParams& p, const ApplyConfig& config) {
       d.vector_x && p.a.slot_offsets == nullptr && is_multiple(p.a, p.slices.count, 8, 16);
   LaunchShape shape{};
   shape.grid =
-      dim3(static_cast<unsigned>(d.row_groups * config.split_rules.all_parts(num_tiles(p))));
+      dim3(static_cast<unsigned>(d.row_groups * config.split_limits.most_parts(num_tiles(p))));
   shape.threads = kShrinkThreads;
   shape.shared_bytes = Traits::kSharedBytes;
   shape.cluster = 1;
   shape.dependent = true;
-  shape.shared_percent = config.shared_percent;
   return launch_kernel(
       all_vector ? decode_shrink_kernel<T, kBlocks, false> : decode_shrink_kernel<T, kBlocks, true>,
       shape, p.stream, d);
@@ -98,7 +62,7 @@ cudaError_t launch_expand(const ApplyParams& p, const ApplyConfig& config, bool 
   const int resident = std::min(kDecodeStreamCtas<kChunk>,
                                 device.shared_bytes / (stream_bytes + kReservedSharedBytes));
   const int64_t stream_ctas = decode_stream_ctas(p.num_tokens, p.plan.num_slots, d.blocks_per_tile,
-                                                 p.max_rank, resident, device.sm_count);
+                                                 resident, device.sm_count);
   if (all_vector && stream_ctas > 0) {
     shape.grid = dim3(static_cast<unsigned>(stream_ctas));
     shape.shared_bytes = stream_bytes;
@@ -106,7 +70,6 @@ cudaError_t launch_expand(const ApplyParams& p, const ApplyConfig& config, bool 
   }
   shape.grid = dim3(static_cast<unsigned>(num_tiles(p) * d.blocks_per_tile));
   shape.shared_bytes = DecodeExpandTraits<Y, kChunk>::shared_bytes(p.max_rank);
-  shape.shared_percent = config.shared_percent;
   return launch_kernel(all_vector ? decode_expand_kernel<T, Y, kChunk, false>
                                   : decode_expand_kernel<T, Y, kChunk, true>,
                        shape, p.stream, d);
@@ -131,22 +94,22 @@ cudaError_t decode_expand(const ApplyParams& p, const ApplyConfig& config, bool 
 }  // namespace
 
 int64_t apply_workspace(const ApplyParams& p) {
-  const ApplyConfig config = config_of(p);
+  const ApplyConfig config = apply_config_of(p);
   const int64_t columns = int64_t{p.slices.count} * p.max_rank;
   if (config.decode) {
-    return config.split_rules.all_parts(num_tiles(p)) * columns * kTileTokens;
+    return config.split_limits.most_parts(num_tiles(p)) * columns * kTileTokens;
   }
   // Without regard to how the tensors lie: the halves of an apply know different ones of them.
   return std::max(p.num_tokens * columns, shrink_layout_elements(shrink_of(p)));
 }
 
 int apply_shrink(const ApplyParams& p) {
-  const ApplyConfig config = config_of(p);
+  const ApplyConfig config = apply_config_of(p);
   return config.decode ? decode_shrink(p, config) : shrink(shrink_of(p));
 }
 
 int apply_expand(const ApplyParams& p, bool after_shrink) {
-  const ApplyConfig config = config_of(p);
+  const ApplyConfig config = apply_config_of(p);
   if (config.decode) {
     return decode_expand(p, config, after_shrink);
   }
@@ -156,7 +119,7 @@ int apply_expand(const ApplyParams& p, bool after_shrink) {
 }
 
 int apply(const ApplyParams& p) {
-  if (config_of(p).decode) {
+  if (apply_config_of(p).decode) {
     const int error = apply_shrink(p);
     return error != 0 ? error : apply_expand(p, true);
   }

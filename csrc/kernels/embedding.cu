@@ -66,73 +66,51 @@ __global__ void __launch_bounds__(32 * kWarps) embedding_kernel(EmbeddingParams 
   }
 }
 
-// The columns of a tile's tokens, found when the copies of B and y are under way, and brought to
-// shared memory in one round of loads.
+// The columns of a tile's tokens, found when the copies of B and y are under way.
 template <typename T>
 struct GatheredColumns {
   const EmbeddingParams& p;
   const DecodeTile& t;
   Column<T>* columns;  // [16] in shared memory
   float scaling;
-  const T* values;
-  int stride;
 
-  // room: [16][room_stride], which is xa's low half as soon as each value was read.
-  __device__ __forceinline__ void wait(T* room, int room_stride) {
-    scaling = read_plan<true>(p.scalings + t.slot);
+  __device__ __forceinline__ void wait() {
+    scaling = p.scalings[t.slot];
     if (threadIdx.x < kTileTokens) {
       columns[threadIdx.x] = t.token >= 0 ? find_column<T>(p, t.token, t.slot) : Column<T>{};
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < kTileTokens * ((t.rank + 7) / 8); i += kExpandThreads) {
-      const Column<T> column = columns[i % kTileTokens];
-      const int row = i / kTileTokens * 8;
-      const T* from = column.first + row * column.stride;
-      const int valid = column.first != nullptr ? t.rank - row : 0;
-      device::Chunk<T, 8> chunk;
-      if (column.stride == 1 && valid >= 8 && device::is_aligned(from, 16)) {
-        device::load_vector(chunk, from, true);
-      } else {
-        T single[8];
-#pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          single[e] = e < valid ? from[e * column.stride] : T(0.0f);
-        }
-#pragma unroll
-        for (int e = 0; e < 8; e += 2) {
-          chunk.words[e / 2] = device::pack_two(single[e], single[e + 1]);
-        }
-      }
-      *reinterpret_cast<device::Chunk<T, 8>*>(room + i % kTileTokens * room_stride + row) = chunk;
-    }
-    __syncthreads();
-    values = room, stride = room_stride;
   }
   __device__ __forceinline__ float4 quad(int row, int token) const {
-    const T* from = values + token * stride + row;
-    return make_float4(
-        scaling * device::to_float(from[0]), scaling * device::to_float(from[stride]),
-        scaling * device::to_float(from[2 * stride]), scaling * device::to_float(from[3 * stride]));
+    float values[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const Column<T> column = columns[token + e];
+      values[e] = column.first != nullptr
+                      ? scaling * device::to_float(column.first[row * column.stride])
+                      : 0.0f;
+    }
+    return make_float4(values[0], values[1], values[2], values[3]);
   }
 };
 
 // Before the wait: what is likely needed of B comes to L2, as in the decode shrink.
 template <typename T, typename Y, int kChunk, bool kGeneral>
-__global__ void __launch_bounds__(kExpandThreads, kChunk == 4 ? 5 : 4)
+__global__ void __launch_bounds__(kExpandThreads, kChunk == 4 ? 6 : 4)
     embedding_apply_kernel(const __grid_constant__ EmbeddingParams p,
                            const __grid_constant__ DecodeExpandParams expand) {
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ Column<T> columns[kTileTokens];
   const int tile = blockIdx.x / expand.blocks_per_tile, block = blockIdx.x % expand.blocks_per_tile;
-  DecodeTile t = read_tile<false>(expand.batch, tile, 0, 0);
+  DecodeTile t = read_tile(expand.batch, tile, 0, 0);
   prefetch_b<T>(expand, t, 0, block);
   device::grid_dependency_wait();
   device::grid_dependency_launch();
-  t = read_tile<true>(expand.batch, tile, t.slot, t.start);
+  t = read_tile(expand.batch, tile, t.slot, t.start);
   if (t.slot < 0 || t.rank <= 0) {
     return;
   }
-  GatheredColumns<T> xa{p, t, columns, 0.0f, nullptr, 0};
+  GatheredColumns<T> xa{p, t, columns, 0.0f};
   decode_expand<T, Y, kChunk, kGeneral>(expand, t, xa, 0, block, shared);
 }
 

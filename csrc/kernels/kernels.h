@@ -20,6 +20,10 @@ int apply(const ApplyParams& params);
 int apply_shrink(const ApplyParams& params);
 int apply_expand(const ApplyParams& params, bool after_shrink);
 int64_t apply_workspace(const ApplyParams& params);  // fp32 elements
+// A base layer with its apply, where linear_decode_takes says that one stream of W serves both;
+// the workspace is the apply's.
+bool linear_decode_takes(const LinearParams& params);
+int linear_decode(const LinearParams& params);
 int apply_backward(const ApplyBackwardParams& params);
 int embedding(const EmbeddingParams& params);
 int embedding_apply(const EmbeddingApplyParams& params);

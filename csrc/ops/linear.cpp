@@ -158,6 +158,37 @@ Tensor overlapped(ApplyParams& params, const Tensor& x, const Tensor& rows, cons
   return *y;
 }
 
+#ifdef LORA_EXT_CUDA
+// Base layer and adapters in one stream of the weights; nothing where that is not to be had.
+std::optional<Tensor> streamed(const ApplyParams& params, const Tensor& x, const Tensor& weight,
+                               const OptionalTensor& bias) {
+  LinearParams both{params};
+  both.weight = weight.data_ptr();
+  both.weight_stride = weight.stride(0);
+  both.out_features = weight.size(0);
+  if (bias.has_value()) {
+    both.bias = bias->data_ptr();
+  }
+  if (weight.stride(1) != 1 || (bias.has_value() && bias->stride(0) != 1) ||
+      !cuda::linear_decode_takes(both)) {
+    return std::nullopt;
+  }
+  std::vector<int64_t> sizes;
+  for (int64_t d = 0; d < x.dim() - 1; ++d) {
+    sizes.push_back(x.size(d));
+  }
+  sizes.push_back(both.out_features);
+  Tensor y = torch::stable::new_empty(x, sizes);
+  both.apply.y = y.mutable_data_ptr();
+  both.apply.y_stride = both.out_features;
+  both.apply.y_dtype = params.dtype;
+  const Tensor workspace = empty_accumulator(x, params.dtype, {cuda::apply_workspace(both.apply)});
+  both.apply.workspace = workspace.mutable_data_ptr();
+  launch("lora_linear", x, both, nullptr, cuda::linear_decode);
+  return y;
+}
+#endif
+
 Tensor lora_linear(const Tensor x, const Tensor weight, const OptionalTensor bias,
                    const Tensors lora_a, const Tensors lora_b, const Tensor ranks,
                    const Tensor scalings, const Tensor plan,
@@ -170,6 +201,13 @@ Tensor lora_linear(const Tensor x, const Tensor weight, const OptionalTensor bia
   set_a(params, lora_a, a_offsets, rows);
   set_b(params, lora_b, b_offsets, rows);
   check_base(params, rows, weight, bias);
+#ifdef LORA_EXT_CUDA
+  if (x.is_cuda() && has_work(params) && !overlap) {
+    if (const std::optional<Tensor> y = streamed(params, x, weight, bias)) {
+      return *y;
+    }
+  }
+#endif
   if (has_work(params) && overlap) {
     return overlapped(params, x, rows, weight, bias);
   }

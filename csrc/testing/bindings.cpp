@@ -4,6 +4,7 @@
 
 #include "common/plan.h"
 #include "kernels/heuristics.h"
+#include "kernels/linear_heuristics.h"
 #include "kernels/moe_heuristics.h"
 
 namespace py = pybind11;
@@ -42,13 +43,13 @@ void bind_plan(py::module_& m) {
 }
 
 void bind_apply(py::module_& m) {
-  py::class_<SplitRules>(m, "SplitRules")
-      .def("parts", &SplitRules::parts, "num_tiles"_a)
-      .def("all_parts", &SplitRules::all_parts, "capacity"_a);
+  py::class_<SplitLimits>(m, "SplitLimits")
+      .def("splits", [](const SplitLimits& limits, int tiles) { return 1 << limits.shift(tiles); })
+      .def("most_parts", &SplitLimits::most_parts, "capacity"_a);
   py::class_<ApplyConfig>(m, "ApplyConfig")
       .def_readonly("decode", &ApplyConfig::decode)
       .def_readonly("blocks", &ApplyConfig::blocks)
-      .def_readonly("split_rules", &ApplyConfig::split_rules)
+      .def_readonly("split_limits", &ApplyConfig::split_limits)
       .def_readonly("prefetch_features", &ApplyConfig::prefetch_features);
   m.def(
       "apply_config",
@@ -59,6 +60,23 @@ void bind_apply(py::module_& m) {
       },
       py::kw_only(), "num_tokens"_a, "num_slots"_a, "in_features"_a, "num_slices"_a, "max_rank"_a,
       "sm_count"_a, "half"_a, "batch_invariant"_a);
+}
+
+void bind_linear(py::module_& m) {
+  py::class_<LinearConfig>(m, "LinearConfig")
+      .def_readonly("blocks", &LinearConfig::blocks)
+      .def_readonly("groups", &LinearConfig::groups);
+  m.attr("LINEAR_MAX_TOKENS") = kLinearMaxTokens;
+  m.def(
+      "linear_config",
+      [](int64_t num_tokens, int64_t in_features, int64_t out_features, int num_slices,
+         int max_rank, int sm_count, bool half, bool dependent, bool vector, bool batch_invariant) {
+        return linear_config({num_tokens, in_features, out_features, num_slices, max_rank, sm_count,
+                              half, dependent, vector, batch_invariant});
+      },
+      py::kw_only(), "num_tokens"_a, "in_features"_a, "out_features"_a, "num_slices"_a,
+      "max_rank"_a, "sm_count"_a = 132, "half"_a = true, "dependent"_a = true, "vector"_a = true,
+      "batch_invariant"_a = false);
 }
 
 void bind_shrink(py::module_& m) {
@@ -113,7 +131,7 @@ void bind_expand(py::module_& m) {
   m.def("expand_is_narrow", &expand_is_narrow, py::kw_only(), "num_tokens"_a, "num_slots"_a,
         "out_features"_a, "sm_count"_a);
   m.def("decode_stream_ctas", &decode_stream_ctas, py::kw_only(), "num_tokens"_a, "num_slots"_a,
-        "blocks"_a, "max_rank"_a, "resident"_a, "sm_count"_a);
+        "blocks"_a, "resident"_a, "sm_count"_a);
   m.def("expand_streams", &expand_streams, py::kw_only(), "num_tokens"_a, "max_rank"_a);
 }
 
@@ -153,6 +171,7 @@ PYBIND11_MODULE(_testing, m) {
   m.doc() = "Host-side C++ of lora_ext, for the tests.";
   bind_plan(m);
   bind_apply(m);
+  bind_linear(m);
   bind_shrink(m);
   bind_shrink_wgmma(m);
   bind_expand(m);

@@ -1,7 +1,7 @@
 """A base layer together with its adapters; :mod:`lora_ext.ops` is where callers find these.
 
-The shrink needs x alone, as the base layer does. Beside it, on a second stream, the shrink costs
-its bytes and no time of its own. Symbols and arguments as in :mod:`lora_ext.ops`.
+The shrink needs x alone, as the base layer does, and may run beside it. Symbols and arguments as in
+:mod:`lora_ext.ops`.
 """
 
 from __future__ import annotations
@@ -43,10 +43,16 @@ def lora_linear(
     dtype; N may be more than the slices cover. Where autograd would record it, the base product and
     :func:`lora_ext.ops.lora_apply` are called instead.
 
+    Up to 16 tokens in half precision on a GPU of sm_90 or later are one stream of the weights,
+    which takes the adapters along and rounds once; the bits of a row without an adapter do not
+    depend on the other rows' adapters, but are not those of torch's product. Elsewhere, and where
+    ``batch_invariant`` or ``overlap`` is asked for, they are.
+
     Args:
         overlap: on a GPU, whether the shrink runs beside the base product, on a stream of its own
-            that starts and ends with this op. The bits are the same. The fork and the join cost
-            more than that saves in the layers measured so far (docs/kernels.md).
+            that starts and ends with this op. The bits are those of torch's product and
+            ``lora_apply_`` behind it. The fork and the join cost more than that saves in the layers
+            measured so far (docs/kernels.md).
     """
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias, *lora_a, *lora_b)

@@ -1,0 +1,564 @@
+// The base product of few tokens with their adapters folded in: y = x W^T + bias + xa B^T, each
+// element rounded once. A stream of W: one CTA an SM, rows of W in equal shares, 16 at a time as
+// the operand of the mma and the tokens as its other one (see decode_tile.cuh).
+//
+// Four warps are the stream. They divide K in steps of 32, and each lane copies W and x
+// asynchronously to where it reads them itself, some steps ahead and across the passes that a CTA
+// makes over its rows: no barrier stands between a copy and its use, and nothing ever stops it. The
+// other four finish: they wait for the shrink, which was launched just before and works beside the
+// stream, add up what it leaves, multiply with B, and join that with the stream's sums of a pass.
+#pragma once
+
+#include <cstddef>
+
+#include "common/ptx.cuh"
+#include "common/vec.cuh"
+#include "kernels/decode_tile.cuh"
+#include "kernels/linear_heuristics.h"
+
+namespace lora_ext::cuda {
+
+constexpr int kFinishThreads = 128;
+
+struct alignas(64) LinearDecodeParams {
+  const void *x, *weight, *bias;  // bias: or null
+  void* y;
+  int64_t x_stride, weight_stride, y_stride;
+  int32_t out_features;
+  bool pairs;  // y allows stores of two neighbours
+  DecodeBatch batch;
+  const int64_t* b_offsets;  // flat layout, else null
+  struct alignas(32) {
+    const void* b;
+    int64_t slot_stride, row_stride;
+    int32_t first_column, end_column, first_row;
+  } slices[kMaxSlices];
+};
+
+// kTiles: blocks of 16 rows of W in a pass. kBlocks: blocks of 8 tokens. kLanes: lanes that share a
+// row of B, 2, 4 or 8, 8 ranks each.
+template <int kTiles_, int kBlocks_, int kLanes_, int kRingBytes, int kRingBytesB>
+struct LinearDecodeTraits {
+  static constexpr int kLanes = kLanes_, kChunksB = kLanes / 2;  // chunks: that a lane copies of B
+  static constexpr int kRanks = 8 * kLanes;                      // of a step
+  static constexpr int kStagesB = kRingBytesB / (kChunksB * kFinishThreads * 16);
+  static constexpr int kTiles = kTiles_, kBlocks = kBlocks_, kTokens = 8 * kBlocks;
+  static constexpr int kWarps = 4, kStreamThreads = 32 * kWarps;  // of the stream
+  static constexpr int kThreads = kStreamThreads + kFinishThreads;
+  static constexpr int kStep = 32 * kWarps;             // values of K that the warps take together
+  static constexpr int kChunks = kBlocks + 2 * kTiles;  // that a lane copies for a step
+  static constexpr int kSlotBytes = kStreamThreads * 16, kStageBytes = kChunks * kSlotBytes;
+  static constexpr int kStages = kRingBytes / kStageBytes;
+  static_assert(kStages >= 2);
+  static constexpr int kBuffers = kBlocks <= 2 ? 2 : 1;  // of the sums
+  static constexpr int kSumStride = 20;                  // stores of a warp hit distinct banks
+  static constexpr int kRows = 16 * kTiles;              // of W, of a pass
+
+  struct Shared {
+    unsigned char ring[kStages * kStageBytes];
+    unsigned char ring_b[kStagesB][kChunksB][kFinishThreads][16];
+    float sums[kBuffers][kTiles][kWarps][kTokens][kSumStride];
+    float delta[kTokens][kRows];
+    int place[kTokens];        // of each token in the tiles, tile * 16 + entry; -1: no adapter
+    int64_t start_b[kTokens];  // of each tile: where B starts in a flat buffer
+    int slot[kTokens], rank[kTokens], count[kTokens], token[kTokens][kTileTokens];
+    float xa[1];  // [kTokens][slice][ranks, up to a multiple of 8]
+  };
+  static constexpr int shared_bytes(int xa_stride) {
+    return static_cast<int>(offsetof(Shared, xa)) + kTokens * xa_stride * 4;
+  }
+};
+
+// Barriers of the CTA; 0 is __syncthreads'.
+enum LinearBarrier : int { kFinishers = 1, kSumsFull = 2, kSumsFree = 4 };
+
+// The blocks of 16 rows of W that a CTA computes, and in how many passes.
+struct LinearShare {
+  int first, count, passes;
+
+  __device__ __forceinline__ LinearShare(int out_features, int most) {
+    const int64_t tiles = (out_features + 15) / 16;
+    first = static_cast<int>(tiles * blockIdx.x / gridDim.x);
+    count = static_cast<int>(tiles * (blockIdx.x + 1) / gridDim.x) - first;
+    passes = (count + most - 1) / most;
+  }
+  __device__ __forceinline__ int tile(int pass) const { return first + count * pass / passes; }
+};
+
+// The tiles of the plan, to shared memory; how many there are.
+template <typename Traits>
+__device__ __forceinline__ int find_tiles(const DecodeBatch& p, const int64_t* b_offsets,
+                                          typename Traits::Shared& shared, int thread) {
+  const int tiles = min(__ldcg(p.header + kNumTiles), p.tile_capacity);
+  if (thread < Traits::kTokens) {
+    shared.place[thread] = -1;
+  }
+  device::cta_barrier_sync(kFinishers, kFinishThreads);
+  for (int i = thread; i < tiles * kTileTokens; i += kFinishThreads) {
+    const int tile = i / kTileTokens, entry = i % kTileTokens;
+    const int4 raw = __ldcg(reinterpret_cast<const int4*>(p.tiles + tile));
+    const int rank = raw.x >= 0 ? min(__ldcg(p.ranks + raw.x), p.max_rank) : 0;
+    int token = entry < raw.z && rank > 0 ? __ldcg(p.permutation + raw.y + entry) : -1;
+    token = token < p.num_tokens ? token : -1;
+    shared.token[tile][entry] = token;
+    if (token >= 0) {
+      shared.place[token] = i;
+    }
+    if (entry == 0) {
+      shared.slot[tile] = raw.x;
+      shared.rank[tile] = rank;
+      shared.start_b[tile] = rank > 0 && b_offsets != nullptr ? __ldg(b_offsets + raw.x) : 0;
+      shared.count[tile] = raw.z;
+    }
+  }
+  device::cta_barrier_sync(kFinishers, kFinishThreads);
+  return tiles;
+}
+
+// xa of the slices that rows [first_row, end_row) of W belong to, from the parts of the shrink;
+// zeros behind a rank, up to a multiple of 8.
+template <typename Traits>
+__device__ __forceinline__ void add_up_xa(const LinearDecodeParams& p,
+                                          typename Traits::Shared& shared, int first_row,
+                                          int end_row, int splits, int thread) {
+  constexpr int kAtOnce = 2, kParts = 8;  // loads of a thread in flight
+  const DecodeBatch& batch = p.batch;
+  const int64_t stride = int64_t{batch.num_slices} * batch.max_rank * kTileTokens;
+  const int ranks = xa_slice(batch.max_rank), values = batch.num_tokens * ranks;
+#pragma unroll 1
+  for (int slice = 0; slice < batch.num_slices; ++slice) {
+    if (p.slices[slice].first_column >= end_row || p.slices[slice].end_column <= first_row) {
+      continue;
+    }
+#pragma unroll 1
+    for (int i = thread; i < values; i += kAtOnce * kFinishThreads) {
+      const float* from[kAtOnce];
+      float scaling[kAtOnce], sum[kAtOnce] = {};
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        const int at = i + u * kFinishThreads, token = at / ranks, j = at % ranks;
+        const int place = at < values ? shared.place[token] : -1,
+                  tile = max(place, 0) / kTileTokens;
+        const int rank = place >= 0 ? shared.rank[tile] : 0;
+        from[u] = batch.partial + tile * splits * stride + (slice * rank + j) * kTileTokens +
+                  place % kTileTokens;
+        from[u] = j < rank ? from[u] : nullptr;
+        scaling[u] = j < rank ? __ldcg(batch.scalings + shared.slot[tile]) : 0.0f;
+      }
+#pragma unroll 1
+      for (int c = 0; c < splits; c += kParts) {
+        float parts[kAtOnce][kParts];
+#pragma unroll
+        for (int k = 0; k < kParts; ++k) {
+#pragma unroll
+          for (int u = 0; u < kAtOnce; ++u) {
+            parts[u][k] =
+                from[u] != nullptr && c + k < splits ? __ldcg(from[u] + (c + k) * stride) : 0.0f;
+          }
+        }
+#pragma unroll
+        for (int k = 0; k < kParts; ++k) {
+#pragma unroll
+          for (int u = 0; u < kAtOnce; ++u) {
+            sum[u] += parts[u][k];
+          }
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {
+        const int at = i + u * kFinishThreads;
+        if (at < values) {
+          shared.xa[(at / ranks * batch.num_slices + slice) * ranks + at % ranks] =
+              from[u] != nullptr ? sum[u] * scaling[u] : 0.0f;
+        }
+      }
+    }
+  }
+  device::cta_barrier_sync(kFinishers, kFinishThreads);
+}
+
+// A walk over what a CTA needs of B: for each block of 16 rows of W, each slice in it and each tile
+// of the plan an item, in turn for each warp, and of an item steps of Traits::kRanks.
+template <typename Traits>
+struct LinearWalk {
+  const LinearDecodeParams& p;
+  const typename Traits::Shared& shared;
+  int tiles, end_block;
+  int block, slice, tile, rank, first;
+
+  __device__ __forceinline__ LinearWalk(const LinearDecodeParams& p_,
+                                        const typename Traits::Shared& shared_, int tiles_,
+                                        const LinearShare& share, int warp)
+      : p(p_),
+        shared(shared_),
+        tiles(tiles_),
+        end_block(tiles_ > 0 ? share.first + share.count : share.first),
+        block(share.first - 1),
+        slice(p_.batch.num_slices),
+        tile(tiles_),
+        rank(0),
+        first(0) {
+    for (int i = 0; i <= warp; ++i) {
+      next_item();
+    }
+  }
+  __device__ __forceinline__ bool done() const { return block >= end_block; }
+  // Rows of the slice in this block.
+  __device__ __forceinline__ int begin() const {
+    return max(p.slices[slice].first_column, 16 * block);
+  }
+  __device__ __forceinline__ int end() const {
+    return min(p.slices[slice].end_column, 16 * block + 16);
+  }
+  __device__ __forceinline__ void next() {
+    first += Traits::kRanks;
+    if (first >= rank) {
+      for (int i = 0; i < kFinishThreads / 32; ++i) {
+        next_item();
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void next_item() {
+    first = 0;
+    while (block < end_block) {
+      while (++tile < tiles) {
+        rank = shared.rank[tile];
+        if (rank > 0) {
+          return;
+        }
+      }
+      tile = -1;
+      do {
+        if (++slice >= p.batch.num_slices) {
+          slice = 0;
+          if (++block >= end_block) {
+            return;
+          }
+        }
+      } while (begin() >= end());
+    }
+  }
+};
+
+// What the adapters add to W's rows of a pass, step by step, with the copies of B some steps ahead
+// and across the passes, like those of W.
+template <typename T, typename Traits>
+struct LinearExpand {
+  const LinearDecodeParams& p;
+  typename Traits::Shared& shared;
+  int thread, fill = 0, use = 0;
+  LinearWalk<Traits> ahead, now;
+
+  __device__ __forceinline__ LinearExpand(const LinearDecodeParams& p_,
+                                          typename Traits::Shared& shared_, int tiles,
+                                          const LinearShare& share, int thread_)
+      : p(p_),
+        shared(shared_),
+        thread(thread_),
+        ahead(p_, shared_, tiles, share, thread_ / 32),
+        now(ahead) {
+    for (int i = 0; i < Traits::kStagesB - 1; ++i) {
+      copy();
+    }
+  }
+
+  __device__ __forceinline__ void copy() {
+    if (!ahead.done()) {
+      const auto& from = p.slices[ahead.slice];
+      const bool flat = p.b_offsets != nullptr;
+      const int rank_lane = ahead.first + thread % Traits::kLanes * 8;
+      const int valid = min(max(ahead.rank - rank_lane, 0), 8);
+      const int64_t stride = flat ? ahead.rank : from.row_stride;
+      const int begin = ahead.begin(), end = ahead.end();
+      int row = 16 * ahead.block + thread % 32 / Traits::kLanes;
+      const T* b =
+          static_cast<const T*>(from.b) + rank_lane +
+          (flat ? shared.start_b[ahead.tile] : shared.slot[ahead.tile] * from.slot_stride) +
+          (from.first_row + row - from.first_column) * stride;
+#pragma unroll
+      for (int i = 0; i < Traits::kChunksB; ++i) {
+        const int count = row >= begin && row < end ? valid : 0;
+        void* to = shared.ring_b[fill][i][thread];
+        if (device::is_aligned(b, 16)) {
+          device::copy_async_16<true>(to, b, 2 * count);
+        } else {
+          device::Chunk<T, 8> chunk;
+          device::load_scalars(chunk, b, count);
+          *static_cast<device::Chunk<T, 8>*>(to) = chunk;
+        }
+        row += 32 / Traits::kLanes;
+        b += 32 / Traits::kLanes * stride;
+      }
+      ahead.next();
+    }
+    device::copy_async_commit();
+    fill = fill + 1 < Traits::kStagesB ? fill + 1 : 0;
+  }
+
+  // Up to block `end_block`, which is that of the pass.
+  __device__ __forceinline__ void add(int first_block, int end_block) {
+    const int lane = thread % Traits::kLanes, ranks = xa_slice(p.batch.max_rank);
+#pragma unroll 1
+    while (!now.done() && now.block < end_block) {
+      copy();
+      device::copy_async_wait<Traits::kStagesB - 1>();
+      const bool active = now.first + 8 * lane < now.rank;
+      device::Chunk<T, 8> chunks[Traits::kChunksB];
+#pragma unroll
+      for (int i = 0; i < Traits::kChunksB; ++i) {
+        chunks[i] = *reinterpret_cast<const device::Chunk<T, 8>*>(shared.ring_b[use][i][thread]);
+      }
+      // Of the row that this lane has the sum of in the end.
+      const int row =
+          16 * now.block + lane / 2 * (32 / Traits::kLanes) + thread % 32 / Traits::kLanes;
+      const bool has_row = lane % 2 == 0 && row >= now.begin() && row < now.end();
+      const int count = shared.count[now.tile];
+#pragma unroll 1
+      for (int entry = 0; entry < count; ++entry) {
+        const int token = shared.token[now.tile][entry];
+        if (token < 0) {
+          continue;
+        }
+        float sums[Traits::kChunksB] = {};
+        if (active) {
+          const float* xa =
+              shared.xa + (token * p.batch.num_slices + now.slice) * ranks + now.first + 8 * lane;
+#pragma unroll
+          for (int j = 0; j < 8; j += 4) {
+            const float4 values = *reinterpret_cast<const float4*>(xa + j);
+#pragma unroll
+            for (int i = 0; i < Traits::kChunksB; ++i) {
+              const uint32_t low = chunks[i].words[j / 2], high = chunks[i].words[j / 2 + 1];
+              sums[i] += values.x * device::unpack<T>(low, 0);
+              sums[i] += values.y * device::unpack<T>(low, 1);
+              sums[i] += values.z * device::unpack<T>(high, 0);
+              sums[i] += values.w * device::unpack<T>(high, 1);
+            }
+          }
+        }
+        // Over the lanes of a row, each two of which are left with a sum.
+#pragma unroll
+        for (int half = Traits::kChunksB / 2; half > 0; half /= 2) {
+          const bool upper = lane & 2 * half;
+#pragma unroll
+          for (int i = 0; i < half; ++i) {
+            const float kept = upper ? sums[half + i] : sums[i];
+            const float given = upper ? sums[i] : sums[half + i];
+            sums[i] = kept + __shfl_xor_sync(0xffffffffu, given, 2 * half);
+          }
+        }
+        const float sum = sums[0] + __shfl_xor_sync(0xffffffffu, sums[0], 1);
+        if (has_row) {
+          shared.delta[token][row - 16 * first_block] += sum;
+        }
+      }
+      use = use + 1 < Traits::kStagesB ? use + 1 : 0;
+      now.next();
+    }
+  }
+};
+
+// The warps' sums of a pass, in fixed order; the result, rounded. A thread takes two neighbouring
+// rows of a token at a time.
+template <typename T, typename Traits>
+__device__ __forceinline__ void finish_rows(const LinearDecodeParams& p,
+                                            const typename Traits::Shared& shared, int thread,
+                                            int buffer, int first_row, int end_row) {
+#pragma unroll 1
+  for (int unit = thread; unit < p.batch.num_tokens * Traits::kRows / 2; unit += kFinishThreads) {
+    const int token = unit / (Traits::kRows / 2), at = unit % (Traits::kRows / 2) * 2;
+    const int row = first_row + at;
+    if (row >= end_row) {
+      continue;
+    }
+    float2 sum = make_float2(0, 0);
+#pragma unroll
+    for (int w = 0; w < Traits::kWarps; ++w) {
+      const float2 next =
+          *reinterpret_cast<const float2*>(&shared.sums[buffer][at / 16][w][token][at % 16]);
+      sum.x += next.x, sum.y += next.y;
+    }
+    const float2 delta = *reinterpret_cast<const float2*>(&shared.delta[token][at]);
+    sum.x += delta.x, sum.y += delta.y;
+    if (p.bias != nullptr) {
+      const T* bias = static_cast<const T*>(p.bias) + row;
+      sum.x += device::to_float(bias[0]);
+      sum.y += row + 1 < end_row ? device::to_float(bias[1]) : 0.0f;
+    }
+    T* y = static_cast<T*>(p.y) + token * p.y_stride + row;
+    if (p.pairs) {
+      *reinterpret_cast<uint32_t*>(y) = device::pack<T>(sum.x, sum.y);
+    } else {
+      y[0] = device::from_float<T>(sum.x);
+      if (row + 1 < end_row) {
+        y[1] = device::from_float<T>(sum.y);
+      }
+    }
+  }
+}
+
+template <typename T, typename Traits>
+__device__ __forceinline__ void stream(const LinearDecodeParams& p,
+                                       typename Traits::Shared& shared) {
+  constexpr int kTiles = Traits::kTiles, kBlocks = Traits::kBlocks, kStages = Traits::kStages;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
+  const LinearShare share(p.out_features, kTiles);
+  const int in_features = p.batch.in_features;
+  const int steps = (in_features + Traits::kStep - 1) / Traits::kStep;
+
+  // The copies, which run ahead. Rows of W and x are eight apart.
+  unsigned char* const own = shared.ring + threadIdx.x * 16;
+  const int k_lane = 32 * warp + 8 * q;
+  const char* const x = static_cast<const char*>(p.x) + 2 * (g * p.x_stride + k_lane);
+  const uint32_t x_rows = 16 * static_cast<uint32_t>(p.x_stride);
+  const uint32_t weight_rows = 16 * static_cast<uint32_t>(p.weight_stride);
+  const char* weights = nullptr;
+  int copy_pass = 0, copy_step = 0, copy_tiles = 0, rows_left = 0, fill_at = 0;
+  const auto begin_pass = [&](int pass) {
+    const int tile = share.tile(pass);
+    copy_tiles = share.tile(pass + 1) - tile;
+    rows_left = p.out_features - 16 * tile - g;
+    weights = static_cast<const char*>(p.weight) +
+              2 * ((int64_t{16} * tile + g) * p.weight_stride + k_lane);
+  };
+  const auto copy = [&] {
+    if (copy_pass < share.passes) {
+      const int k = Traits::kStep * copy_step;
+      const bool inside = k_lane + k < in_features;
+      unsigned char* to = own + fill_at;
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n) {
+        device::copy_async_16(to + n * Traits::kSlotBytes, x + 2 * k + uint64_t{x_rows} * n,
+                              inside && 8 * n + g < p.batch.num_tokens ? 16 : 0);
+      }
+      to += kBlocks * Traits::kSlotBytes;
+#pragma unroll
+      for (int i = 0; i < 2 * kTiles; ++i) {
+        if (i / 2 < copy_tiles) {
+          device::copy_async_16<true>(to + i * Traits::kSlotBytes,
+                                      weights + 2 * k + uint64_t{weight_rows} * i,
+                                      inside && 8 * i < rows_left ? 16 : 0);
+        }
+      }
+      if (++copy_step == steps) {
+        copy_step = 0;
+        begin_pass(++copy_pass);
+      }
+    } else if (copy_step == 0) {  // all copies are on their way
+      copy_step = 1;
+      device::grid_dependency_launch();
+    }
+    device::copy_async_commit();
+    fill_at += Traits::kStageBytes;
+    fill_at = fill_at < kStages * Traits::kStageBytes ? fill_at : 0;
+  };
+  begin_pass(0);
+#pragma unroll 1
+  for (int i = 0; i < kStages - 1; ++i) {
+    copy();
+  }
+  int use_at = 0;
+  const auto read = [&](uint32_t(&words)[4], int slot) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(own + use_at + slot * Traits::kSlotBytes);
+    words[0] = raw.x, words[1] = raw.y, words[2] = raw.z, words[3] = raw.w;
+  };
+#pragma unroll 1
+  for (int pass = 0; pass < share.passes; ++pass) {
+    const int tiles = share.tile(pass + 1) - share.tile(pass);
+    float acc[kTiles][kBlocks][4] = {};
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      copy();
+      device::copy_async_wait<kStages - 1>();
+      uint32_t tokens[kBlocks][4];
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n) {
+        read(tokens[n], n);
+      }
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        if (i < tiles) {
+          uint32_t upper[4], lower[4];
+          read(upper, kBlocks + 2 * i);
+          read(lower, kBlocks + 2 * i + 1);
+#pragma unroll
+          for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+            for (int w = 0; w < 4; w += 2) {
+              device::mma<T>(acc[i][n], upper[w], lower[w], upper[w + 1], lower[w + 1],
+                             tokens[n][w], tokens[n][w + 1]);
+            }
+          }
+        }
+      }
+      use_at += Traits::kStageBytes;
+      use_at = use_at < kStages * Traits::kStageBytes ? use_at : 0;
+    }
+    const int buffer = pass % Traits::kBuffers;
+    if (pass >= Traits::kBuffers) {
+      device::cta_barrier_sync(kSumsFree + buffer, Traits::kThreads);
+    }
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          shared.sums[buffer][i][warp][8 * n + 2 * q + e % 2][8 * (e / 2) + g] = acc[i][n][e];
+        }
+      }
+    }
+    device::cta_barrier_arrive(kSumsFull + buffer, Traits::kThreads);
+  }
+}
+
+template <typename T, typename Traits>
+__device__ __forceinline__ void finish(const LinearDecodeParams& p,
+                                       typename Traits::Shared& shared) {
+  const int thread = threadIdx.x - Traits::kStreamThreads;
+  const LinearShare share(p.out_features, Traits::kTiles);
+  // The shrink has just read the same of the plan.
+  const int splits = 1 << read_split_shift(p.batch);
+  const int tiles = find_tiles<Traits>(p.batch, p.b_offsets, shared, thread);
+  LinearExpand<T, Traits> expand(p, shared, tiles, share, thread);
+  device::grid_dependency_wait();
+  if (tiles > 0) {
+    add_up_xa<Traits>(p, shared, 16 * share.first, 16 * (share.first + share.count), splits,
+                      thread);
+  }
+#pragma unroll 1
+  for (int pass = 0; pass < share.passes; ++pass) {
+    const int tile = share.tile(pass), end_tile = share.tile(pass + 1);
+    for (int i = thread; i < Traits::kTokens * Traits::kRows; i += kFinishThreads) {
+      (&shared.delta[0][0])[i] = 0;
+    }
+    device::cta_barrier_sync(kFinishers, kFinishThreads);
+    expand.add(tile, end_tile);
+    const int buffer = pass % Traits::kBuffers;
+    device::cta_barrier_sync(kSumsFull + buffer, Traits::kThreads);
+    finish_rows<T, Traits>(p, shared, thread, buffer, 16 * tile,
+                           min(16 * end_tile, p.out_features));
+    if (pass + Traits::kBuffers < share.passes) {
+      device::cta_barrier_arrive(kSumsFree + buffer, Traits::kThreads);
+    }
+    device::cta_barrier_sync(kFinishers, kFinishThreads);
+  }
+}
+
+// Two CTAs of so many registers would fit an SM: the other half is for the shrinks, this one's and
+// the next one's.
+template <typename T, typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 2)
+    linear_decode_kernel(const __grid_constant__ LinearDecodeParams p) {
+  extern __shared__ __align__(128) unsigned char memory[];
+  auto& shared = *reinterpret_cast<typename Traits::Shared*>(memory);
+  if (threadIdx.x < Traits::kStreamThreads) {
+    stream<T, Traits>(p, shared);
+  } else {
+    finish<T, Traits>(p, shared);
+  }
+}
+
+}  // namespace lora_ext::cuda

@@ -1,0 +1,49 @@
+// When a base layer of few tokens and its adapters are one stream of the weights
+// (linear_decode.cu), and how. Pure functions of the problem's size, tested on the CPU.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels/heuristics.h"
+
+namespace lora_ext {
+
+struct LinearShape {
+  int64_t num_tokens, in_features, out_features;
+  int num_slices, max_rank, sm_count;
+  bool half;             // x, W and the adapters have 16 bits
+  bool dependent;        // the chip starts a kernel while the one before is at work
+  bool vector;           // rows of x and W allow 16-byte copies
+  bool batch_invariant;  // the choice must not depend on the batch
+};
+
+struct LinearConfig {
+  int blocks;  // of 8 tokens; 0: the base layer and its adapters take kernels of their own
+  int groups;  // CTAs
+  int lanes;   // that share a row of B, 8 ranks each: as many as the pool's rank needs, up to 8
+};
+
+// With more tokens x, which every CTA reads from L2, is as much as its share of W: 32 tokens take
+// 146 us a layer where cuBLAS takes 120.
+constexpr int64_t kLinearMaxTokens = 16;
+// Values of xa of all tokens, fp32, in shared memory.
+constexpr int64_t kLinearMostXa = 8192;
+
+// xa of a slice of a token there, in values.
+LORA_EXT_HOST_DEVICE inline int xa_slice(int max_rank) { return (max_rank + 7) / 8 * 8; }
+
+inline LinearConfig linear_config(const LinearShape& s) {
+  const int blocks = s.num_tokens <= 8 ? 1 : 2;
+  if (!s.half || !s.dependent || !s.vector || s.batch_invariant || s.num_tokens < 1 ||
+      s.num_tokens > kLinearMaxTokens || s.in_features < 1 || s.out_features < 1 ||
+      int64_t{8} * blocks * s.num_slices * xa_slice(s.max_rank) > kLinearMostXa) {
+    return {};
+  }
+  return {blocks, static_cast<int>(std::min<int64_t>(ceil_div(s.out_features, 16), s.sm_count)),
+          s.max_rank <= 16   ? 2
+          : s.max_rank <= 32 ? 4
+                             : 8};
+}
+
+}  // namespace lora_ext
