@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import ops
@@ -55,7 +56,42 @@ class LoRALinear(LoRAModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``[..., N]`` for x ``[..., K]``; tokens are routed by the leading dimensions."""
-        return self._add_adapters(self.base(x), x)
+        y = self._with_adapters(x) if self._is_plain_product(x) else None
+        return self._add_adapters(self.base(x), x) if y is None else y
+
+    def _is_plain_product(self, x: Tensor) -> bool:
+        """Whether ``base`` is nothing but a product with x, which the GPU can do with the adapters
+        in one go: on the CPU that would gain nothing."""
+        base = self.base
+        return (
+            x.is_cuda
+            and type(base) is nn.Linear
+            and "forward" not in vars(base)
+            and not (base._forward_hooks or base._forward_pre_hooks)
+            and x.dtype == base.weight.dtype == self.lora_a.dtype
+            and not torch.is_autocast_enabled("cuda")
+            and not ops.records_grad(x, *base.parameters(), self.lora_a, self.lora_b)
+        )
+
+    def _with_adapters(self, x: Tensor) -> Tensor | None:
+        """Return base output and adapters together; None: there is nothing to add."""
+        plan = self._plan(x.shape[:-1])
+        if plan is None or not self.out_features:
+            return None
+        bias = self.base.bias
+        assert bias is None or isinstance(bias, Tensor)
+        return ops.lora_linear(
+            x,
+            self.weight,
+            bias,
+            [self.lora_a],
+            [self.lora_b],
+            self.ranks,
+            self.scalings,
+            plan,
+            output_slices=self.output_sizes,
+            max_rank=self.max_rank,
+        )
 
     def _add_adapters(self, y: Tensor, x: Tensor) -> Tensor:
         """Add to the base output y ``[..., >= N]``, whose further columns stay as they are."""
