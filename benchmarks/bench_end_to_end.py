@@ -2,8 +2,8 @@
 
 Every linear layer has adapters. Columns: the step without LoRA in ms, and what each provider adds
 to it in %: lora_ext after each GEMM, lora_linear (GEMM and adapters in one operator) where this
-build has it, lora_ext for a batch in which nobody has an adapter (base_only), torch's loop and
-grouped GEMM and engines' kernels put into the same model, and PEFT's own layers ("peft" with
+build has it, both for a batch in which nobody has an adapter (base_only, linear_only), torch's loop
+and grouped GEMM and engines' kernels put into the same model, and PEFT's own layers ("peft" with
 adapter_names, eager; "peft_one" with one adapter for all rows, captured).
 
 Attention is simplified: all requests have --context tokens in a static cache, and torch's
@@ -22,6 +22,7 @@ from lora_ext.benchmarking.decoder import Decoder
 from lora_ext.benchmarking.end_to_end import (
     BASE_ONLY,
     GRID,
+    LINEAR_ONLY,
     NONE,
     Adapters,
     StepProblem,
@@ -54,7 +55,7 @@ def main() -> int:
     setting, limits = settings_of(args, device)
     where = report.machine(setting, limits)
     wanted = (
-        {*args.providers.split(","), NONE, BASE_ONLY, LoRALinear.name, OWN}
+        {*args.providers.split(","), NONE, BASE_ONLY, LINEAR_ONLY, LoRALinear.name, OWN}
         if args.providers
         else None
     )

@@ -201,7 +201,7 @@ def test_a_layer_with_lora_is_the_layer_plus_its_deltas() -> None:
     problem = layer.LayerProblem("test", TINY, make_workload(9, 3, "mixed", "even"))
     row = measure(problem, SMALL, None, replays=1)
     assert not [m.note for m in row.providers.values() if m.failed]
-    assert {"base", "base_only", "lora_ext", "torch_loop"} <= {
+    assert {"base", "base_only", "linear_only", "lora_ext", "torch_loop"} <= {
         name for name, measured in row.providers.items() if measured.us
     }
 
@@ -364,7 +364,7 @@ def test_a_step_is_right_with_every_provider(dtype: torch.dtype) -> None:
         result = measure(problem, setting, None, replays=1)
         assert not [m.note for m in result.providers.values() if m.failed]
         timed = {name for name, measured in result.providers.items() if measured.us}
-        assert {"without", "base_only", "lora_ext", "torch_loop"} <= timed
+        assert {"without", "base_only", "linear_only", "lora_ext", "torch_loop"} <= timed
         assert ("peft_one" in timed) == ("peft" in timed and workload is few)
 
 

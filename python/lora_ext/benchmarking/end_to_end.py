@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from .case import Candidate, Case, Cost, Setting, Unsupported, relative_error
 from .decoder import Decoder, Linear
-from .providers import DenseProvider, LoRAExt, site_providers
+from .providers import DenseProvider, LoRAExt, LoRALinear, site_providers
 from .workload import Workload, make_workload
 
 GRID = "end to end"
-NONE, BASE_ONLY, PEFT_MIXED, PEFT_ONE = "without", "base_only", "peft", "peft_one"
+NONE, BASE_ONLY, LINEAR_ONLY = "without", "base_only", "linear_only"
+PEFT_MIXED, PEFT_ONE = "peft", "peft_one"
 # Rounding adds up over the layers; without its adapters a step is wrong by about 1.
 TOLERANCE = {torch.bfloat16: 1e-1, torch.float16: 2e-2}
 FP32_TOLERANCE = 1e-3
@@ -50,9 +51,10 @@ class StepProblem:
     """One decode step of a batch.
 
     Providers: NONE is the model alone; "lora_ext" and others add adapters after each GEMM;
-    "lora_linear" is lora_ext's operator for GEMM and adapters together; BASE_ONLY is "lora_ext" for
-    a batch in which nobody has one; PEFT_MIXED is PEFT's own layers with ``adapter_names``, eager;
-    PEFT_ONE, where the batch has one adapter, PEFT's without names, captured.
+    "lora_linear" is lora_ext's operator for GEMM and adapters together; BASE_ONLY and LINEAR_ONLY
+    are "lora_ext" and "lora_linear" for a batch in which nobody has one; PEFT_MIXED is PEFT's own
+    layers with ``adapter_names``, eager; PEFT_ONE, where the batch has one adapter, PEFT's without
+    names, captured.
     """
 
     grid: str
@@ -82,7 +84,8 @@ class StepProblem:
         steps = _Steps(self.decoder, self.adapters, self.workload)
         makers: dict[str, Callable[[], Candidate]] = {
             NONE: steps.without,
-            BASE_ONLY: steps.base_only,
+            BASE_ONLY: partial(steps.base_only, LoRAExt),
+            LINEAR_ONLY: partial(steps.base_only, LoRALinear),
         }
         for name, provider in site_providers().items():
             makers[name] = partial(steps.with_lora, provider, self.workload)
@@ -111,9 +114,9 @@ class _Steps:
     def without(self) -> Candidate:
         return self.candidate(self.decoder.base_linear, has_lora=False)
 
-    def base_only(self) -> Candidate:
+    def base_only(self, provider_class: type[DenseProvider]) -> Candidate:
         slots = (-1,) * self.workload.num_tokens
-        return self.with_lora(LoRAExt, replace(self.workload, token_slots=slots))
+        return self.with_lora(provider_class, replace(self.workload, token_slots=slots))
 
     def with_lora(self, provider_class: type[DenseProvider], workload: Workload) -> Candidate:
         """A provider's adapters at each site; its batch's metadata is shared by the layers."""

@@ -29,7 +29,7 @@ from .runner import Row, measure
 from .workload import Workload, make_workload
 
 GRID = "layer"
-BASE, BASE_ONLY = "base", "base_only"
+BASE, BASE_ONLY, LINEAR_ONLY = "base", "base_only", "linear_only"
 BATCHES = ((1, 1), (8, 8), (32, 1), (32, 32), (256, 1), (256, 32))
 
 
@@ -38,8 +38,8 @@ class LayerProblem:
     """The linear sites of a decoder layer for one batch.
 
     Providers: BASE is the GEMMs alone; "lora_ext" and others add their adapters after each GEMM;
-    "lora_linear" is lora_ext's operator for GEMM and adapters together; BASE_ONLY is "lora_ext" for
-    a batch in which nobody has an adapter.
+    "lora_linear" is lora_ext's operator for GEMM and adapters together; BASE_ONLY and LINEAR_ONLY
+    are "lora_ext" and "lora_linear" for a batch in which nobody has an adapter.
     """
 
     grid: str
@@ -92,7 +92,8 @@ class LayerProblem:
         layer = _Layer(self.workload, data, weights)
         makers: dict[str, Callable[[], Candidate]] = {
             BASE: layer.base,
-            BASE_ONLY: layer.without_adapters,
+            BASE_ONLY: partial(layer.without_adapters, LoRAExt),
+            LINEAR_ONLY: partial(layer.without_adapters, LoRALinear),
         }
         for name, provider in site_providers().items():
             makers[name] = partial(layer.with_lora, provider, self.workload)
@@ -136,9 +137,9 @@ class _Layer:
             has_lora=bool(workload.tokens_of),
         )
 
-    def without_adapters(self) -> Candidate:
+    def without_adapters(self, provider_class: type[DenseProvider]) -> Candidate:
         slots = (-1,) * self.workload.num_tokens
-        return self.with_lora(LoRAExt, replace(self.workload, token_slots=slots))
+        return self.with_lora(provider_class, replace(self.workload, token_slots=slots))
 
     def error(self, i: int, actual: Tensor) -> float:
         outputs = [
@@ -167,7 +168,7 @@ def run_layers(
     setting, limits = settings_of(args, device)
     wanted = None
     if args.providers:
-        wanted = {*args.providers.split(","), BASE, BASE_ONLY, LoRALinear.name, OWN}
+        wanted = {*args.providers.split(","), BASE, BASE_ONLY, LINEAR_ONLY, LoRALinear.name, OWN}
     where = report.machine(setting, limits)
     rows: list[Row] = []
     columns: list[str] = []
