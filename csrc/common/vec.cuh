@@ -61,6 +61,21 @@ __device__ __forceinline__ void load_vector(Chunk<T, kCount>& chunk, const T* fr
   }
 }
 
+// The same of 16 bytes whose line L2 fetches whole where it has to ask memory, which pays where
+// other warps are about to read the rest of it.
+template <typename T>
+__device__ __forceinline__ void load_vector_and_line(Chunk<T, 8>& chunk, const T* from,
+                                                     bool inside) {
+  uint32_t(&words)[4] = chunk.words;
+  words[0] = words[1] = words[2] = words[3] = 0;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "setp.ne.s32 p, %4, 0;\n"
+      "@p ld.global.nc.L2::128B.v4.u32 {%0, %1, %2, %3}, [%5];\n}\n"
+      : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3])
+      : "r"(static_cast<int>(inside)), "l"(from));
+}
+
 template <typename T, int kCount>
 __device__ __forceinline__ void load_scalars(Chunk<T, kCount>& chunk, const T* from,
                                              int64_t valid) {

@@ -30,11 +30,12 @@ cudaError_t launch_shrink(const ApplyParams& p, const ApplyConfig& config) {
       d.vector_x && p.a.slot_offsets == nullptr && is_multiple(p.a, p.slices.count, 8, 16);
   LaunchShape shape{};
   shape.grid =
-      dim3(static_cast<unsigned>(d.row_groups * config.split_limits.most_parts(num_tiles(p))));
+      dim3(static_cast<unsigned>(d.row_groups * config.split_rules.all_parts(num_tiles(p))));
   shape.threads = kShrinkThreads;
   shape.shared_bytes = Traits::kSharedBytes;
   shape.cluster = 1;
   shape.dependent = true;
+  shape.shared_percent = config.shared_percent;
   return launch_kernel(
       all_vector ? decode_shrink_kernel<T, kBlocks, false> : decode_shrink_kernel<T, kBlocks, true>,
       shape, p.stream, d);
@@ -62,7 +63,7 @@ cudaError_t launch_expand(const ApplyParams& p, const ApplyConfig& config, bool 
   const int resident = std::min(kDecodeStreamCtas<kChunk>,
                                 device.shared_bytes / (stream_bytes + kReservedSharedBytes));
   const int64_t stream_ctas = decode_stream_ctas(p.num_tokens, p.plan.num_slots, d.blocks_per_tile,
-                                                 resident, device.sm_count);
+                                                 p.max_rank, resident, device.sm_count);
   if (all_vector && stream_ctas > 0) {
     shape.grid = dim3(static_cast<unsigned>(stream_ctas));
     shape.shared_bytes = stream_bytes;
@@ -70,6 +71,7 @@ cudaError_t launch_expand(const ApplyParams& p, const ApplyConfig& config, bool 
   }
   shape.grid = dim3(static_cast<unsigned>(num_tiles(p) * d.blocks_per_tile));
   shape.shared_bytes = DecodeExpandTraits<Y, kChunk>::shared_bytes(p.max_rank);
+  shape.shared_percent = config.shared_percent;
   return launch_kernel(all_vector ? decode_expand_kernel<T, Y, kChunk, false>
                                   : decode_expand_kernel<T, Y, kChunk, true>,
                        shape, p.stream, d);
@@ -97,7 +99,7 @@ int64_t apply_workspace(const ApplyParams& p) {
   const ApplyConfig config = apply_config_of(p);
   const int64_t columns = int64_t{p.slices.count} * p.max_rank;
   if (config.decode) {
-    return config.split_limits.most_parts(num_tiles(p)) * columns * kTileTokens;
+    return config.split_rules.all_parts(num_tiles(p)) * columns * kTileTokens;
   }
   // Without regard to how the tensors lie: the halves of an apply know different ones of them.
   return std::max(p.num_tokens * columns, shrink_layout_elements(shrink_of(p)));

@@ -32,7 +32,7 @@ inline DecodeBatch decode_batch(const ApplyParams& p, const ApplyConfig& config)
   batch.scalings = p.scalings;
   batch.partial = static_cast<float*>(p.workspace);
   batch.tile_capacity = static_cast<int32_t>(num_tiles(p));
-  batch.split_limits = config.split_limits;
+  batch.split_rules = config.split_rules;
   batch.max_tokens = static_cast<int32_t>(p.plan.max_tokens);
   batch.num_slots = static_cast<int32_t>(p.plan.num_slots);
   batch.num_tokens = static_cast<int32_t>(p.num_tokens);

@@ -65,6 +65,7 @@ struct DecodeExpandTraits {
 
 // Where the expand has xa from: the partial products of a shrink, all that was yet to come when the
 // kernel began.
+template <int kBatch>  // loads that registers have room for
 struct PartialProducts {
   const float* first;  // [splits][...][rank][16 tokens]
   int stride;          // between splits
@@ -75,29 +76,128 @@ struct PartialProducts {
   __device__ __forceinline__ PartialProducts(const DecodeBatch& p, const DecodeTile& t, int tile,
                                              int slice)
       : stride(p.num_slices * p.max_rank * kTileTokens),
-        splits(1 << read_split_shift(p)),
+        splits(p.split_rules.parts(read_plan<true>(p.header + kNumTiles))),
         scaling_at(p.scalings + t.slot) {
     first = p.partial + int64_t{tile} * splits * stride + slice * t.rank * kTileTokens;
   }
 
-  __device__ __forceinline__ void wait() {
+  template <typename T>
+  __device__ __forceinline__ void wait(T*, int) {
     device::grid_dependency_launch();
     device::grid_dependency_wait();
-    scaling = __ldcg(scaling_at);
+    scaling = read_plan<true>(scaling_at);
   }
   // Four tokens, from `token` on, of rank `row`.
   __device__ __forceinline__ float4 quad(int row, int token) const {
     float4 sum = make_float4(0, 0, 0, 0);
     const float* from = first + row * kTileTokens + token;
-#pragma unroll 8
-    for (int c = 0; c < splits; ++c) {
-      const float4 next = __ldcg(reinterpret_cast<const float4*>(from));
-      sum.x += next.x, sum.y += next.y, sum.z += next.z, sum.w += next.w;
-      from += stride;
+    for (int left = splits; left > 0; left -= kBatch, from += kBatch * stride) {
+      if (left > 8) {
+        add<kBatch>(sum, from, left);
+      } else if (left > 4) {
+        add<8>(sum, from, left);
+      } else if (left > 1) {
+        add<4>(sum, from, left);
+      } else {
+        add<1>(sum, from, left);
+      }
     }
     return make_float4(sum.x * scaling, sum.y * scaling, sum.z * scaling, sum.w * scaling);
   }
+  // Up to kCount parts, all on their way at once. What is past the last one becomes 0 by a mask: a
+  // condition would make the compiler load it only then, behind all the others.
+  template <int kCount>
+  __device__ __forceinline__ void add(float4& sum, const float* from, int left) const {
+    float4 parts[kCount];
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) {
+      parts[c] = __ldcg(reinterpret_cast<const float4*>(from + min(c, left - 1) * stride));
+    }
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) {
+      const int mask = (c - left) >> 31;
+      const auto kept = [&](float value) { return __int_as_float(__float_as_int(value) & mask); };
+      sum.x += kept(parts[c].x), sum.y += kept(parts[c].y);
+      sum.z += kept(parts[c].z), sum.w += kept(parts[c].w);
+    }
+  }
 };
+
+// Leaves xa in shared memory, [16 tokens][stride] twice: as the sum of two 16-bit halves, ranks
+// padded with 0 to whole steps of kSpan. fp16: scaled by what token_max, [16], says.
+template <typename T, int kSpan, typename Source>
+__device__ __forceinline__ void split_xa(const Source& xa, const DecodeTile& t, int* token_max,
+                                         T* high, T* low, int stride) {
+  const int thread = threadIdx.x;
+  // The first one, two or four of a tile's quads of tokens: what is left out ends in columns of the
+  // product that nobody reads.
+  const int quads_log = (t.count > 4) + (t.count > 8), quads = 1 << quads_log;
+  const auto quad = [&](int row, int token) {
+    return row < t.rank && token < t.count ? xa.quad(row, token) : make_float4(0, 0, 0, 0);
+  };
+  if constexpr (device::kNeedsScale<T>) {
+    if (thread < kTileTokens) {
+      token_max[thread] = 0;
+    }
+    __syncthreads();
+    for (int i = thread; i < t.rank << quads_log; i += kExpandThreads) {
+      const int token = (i & (quads - 1)) * 4;
+      const float4 sum = quad(i >> quads_log, token);
+      const float values[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        atomicMax(token_max + token + e, __float_as_int(fabsf(values[e])));
+      }
+    }
+    __syncthreads();
+  }
+  const int padded = (t.rank + kSpan - 1) / kSpan * kSpan;
+  for (int i = thread; i < padded << quads_log; i += kExpandThreads) {
+    const int row = i >> quads_log, token = (i & (quads - 1)) * 4;
+    const float4 sum = quad(row, token);
+    const float values[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float scale = device::kNeedsScale<T> ? device::scale_down(token_max[token + e]) : 1.0f;
+      device::split(values[e] * scale, high[(token + e) * stride + row],
+                    low[(token + e) * stride + row]);
+    }
+  }
+  __syncthreads();
+}
+
+// A step of the product: weights as copied by the lane, the halves of xa from the step's first rank
+// on. Products of one sum stand far apart: there are few warps to fill the time that one takes.
+template <typename T, int kChunk>
+__device__ __forceinline__ void multiply_step(float (&acc)[4][2][4], const T* staged, const T* high,
+                                              const T* low, int stride, int count) {
+  using Chunk = device::Chunk<T, kChunk>;
+  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  Chunk weights[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    weights[i] = *reinterpret_cast<const Chunk*>(staged + i * kExpandThreads * kChunk);
+  }
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    if (n == 0 || count > 8) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const Chunk tokens = *reinterpret_cast<const Chunk*>((half == 0 ? high : low) +
+                                                             (8 * n + g) * stride + q * kChunk);
+#pragma unroll
+        for (int w = 0; w < kChunk / 2; w += 2) {
+#pragma unroll
+          for (int m = 0; m < 4; ++m) {
+            device::mma<T>(acc[m][n], weights[2 * m].words[w], weights[2 * m + 1].words[w],
+                           weights[2 * m].words[w + 1], weights[2 * m + 1].words[w + 1],
+                           tokens.words[w], tokens.words[w + 1]);
+          }
+        }
+      }
+    }
+  }
+}
 
 template <typename T, typename Y, int kChunk, bool kVector, typename Source>
 __device__ __forceinline__ void decode_expand_body(const DecodeExpandParams& p, const DecodeTile& t,
@@ -105,7 +205,6 @@ __device__ __forceinline__ void decode_expand_body(const DecodeExpandParams& p, 
                                                    int64_t b_stride, unsigned char* shared) {
   using Traits = DecodeExpandTraits<Y, kChunk>;
   constexpr int kSpan = Traits::kSpan, kStages = Traits::kStages;
-  constexpr int kQuads = kTileTokens / 4;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4,
             q = lane % 4;
   const int rank = t.rank, width = p.slices[slice].width;
@@ -134,7 +233,7 @@ __device__ __forceinline__ void decode_expand_body(const DecodeExpandParams& p, 
           if constexpr (kChunk == 8) {
             device::copy_async_16(to, row, 2 * valid);
           } else {
-            device::copy_async_8(to, row, 2 * valid);
+            device::copy_async_8<true>(to, row, 2 * valid);
           }
         }
       } else {
@@ -167,75 +266,14 @@ __device__ __forceinline__ void decode_expand_body(const DecodeExpandParams& p, 
     stage_b(kSpan);
   }
   device::copy_async_commit();
-  if (device::kNeedsScale<T> && thread < kTileTokens) {
-    token_max[thread] = 0;
-  }
-
-  xa.wait();
-  const auto quad = [&](int row, int token) {
-    return row < rank && token < t.count ? xa.quad(row, token) : make_float4(0, 0, 0, 0);
-  };
-  if constexpr (device::kNeedsScale<T>) {
-    __syncthreads();
-    for (int i = thread; i < rank * kQuads; i += kExpandThreads) {
-      const float4 sum = quad(i / kQuads, i % kQuads * 4);
-      const float values[4] = {sum.x, sum.y, sum.z, sum.w};
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        atomicMax(token_max + i % kQuads * 4 + e, __float_as_int(fabsf(values[e])));
-      }
-    }
-    __syncthreads();
-  }
-  const int padded = (rank + kSpan - 1) / kSpan * kSpan;
-  for (int i = thread; i < padded * kQuads; i += kExpandThreads) {
-    const int row = i / kQuads, token = i % kQuads * 4;
-    const float4 sum = quad(row, token);
-    const float values[4] = {sum.x, sum.y, sum.z, sum.w};
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const float scale = device::kNeedsScale<T> ? device::scale_down(token_max[token + e]) : 1.0f;
-      T high, low;
-      device::split(values[e] * scale, high, low);
-      xa_high[(token + e) * xa_stride + row] = high;
-      xa_low[(token + e) * xa_stride + row] = low;
-    }
-  }
-  __syncthreads();
+  xa.wait(xa_low, xa_stride);
+  split_xa<T, kSpan>(xa, t, token_max, xa_high, xa_low, xa_stride);
 
   float acc[4][2][4] = {};
   for (int j = 0; j < rank; j += kSpan) {
     device::copy_async_wait<1>();
-    device::Chunk<T, kChunk> high[2], low[2];
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const int from = (8 * n + g) * xa_stride + j + q * kChunk;
-      high[n] = *reinterpret_cast<const device::Chunk<T, kChunk>*>(xa_high + from);
-      low[n] = *reinterpret_cast<const device::Chunk<T, kChunk>*>(xa_low + from);
-    }
-#pragma unroll
-    for (int m = 0; m < 4; ++m) {
-      device::Chunk<T, kChunk> weights[2];
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        weights[h] = *reinterpret_cast<const device::Chunk<T, kChunk>*>(
-            staged_b + (j / kSpan % kStages * 8 + 2 * m + h) * kExpandThreads * kChunk);
-      }
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        if (n == 0 || t.count > 8 * n) {
-#pragma unroll
-          for (int w = 0; w < kChunk / 2; w += 2) {
-            device::mma<T>(acc[m][n], weights[0].words[w], weights[1].words[w],
-                           weights[0].words[w + 1], weights[1].words[w + 1], high[n].words[w],
-                           high[n].words[w + 1]);
-            device::mma<T>(acc[m][n], weights[0].words[w], weights[1].words[w],
-                           weights[0].words[w + 1], weights[1].words[w + 1], low[n].words[w],
-                           low[n].words[w + 1]);
-          }
-        }
-      }
-    }
+    multiply_step<T, kChunk>(acc, staged_b + j / kSpan % kStages * 8 * kExpandThreads * kChunk,
+                             xa_high + j, xa_low + j, xa_stride, t.count);
     if (j + kStages * kSpan < rank) {
       stage_b(j + kStages * kSpan);
     }
@@ -303,7 +341,7 @@ __device__ __forceinline__ void decode_expand(const DecodeExpandParams& p, const
 }
 
 template <typename T, typename Y, int kChunk, bool kGeneral>
-__global__ void __launch_bounds__(kExpandThreads, kChunk == 4 ? 6 : 4)
+__global__ void __launch_bounds__(kExpandThreads, kChunk == 4 ? 5 : 4)
     decode_expand_kernel(const __grid_constant__ DecodeExpandParams p) {
   extern __shared__ __align__(128) unsigned char shared[];
   const int tile = blockIdx.x / p.blocks_per_tile;
@@ -311,16 +349,19 @@ __global__ void __launch_bounds__(kExpandThreads, kChunk == 4 ? 6 : 4)
   while (block >= p.slices[slice].blocks) {
     block -= p.slices[slice++].blocks;
   }
-  DecodeTile t = read_tile(p.batch, tile, 0, 0);
-  if (!p.after_shrink) {
+  DecodeTile t;
+  if (p.after_shrink) {
+    t = read_tile<true>(p.batch, tile, 0, 0);
+  } else {
+    t = read_tile<false>(p.batch, tile, 0, 0);
     prefetch_b<T>(p, t, slice, block);
     device::grid_dependency_wait();
-    t = read_tile(p.batch, tile, t.slot, t.start);
+    t = read_tile<true>(p.batch, tile, t.slot, t.start);
   }
   if (t.slot < 0 || t.rank <= 0) {
     return;
   }
-  PartialProducts xa(p.batch, t, tile, slice);
+  PartialProducts<16> xa(p.batch, t, tile, slice);
   decode_expand<T, Y, kChunk, kGeneral>(p, t, xa, slice, block, shared);
 }
 

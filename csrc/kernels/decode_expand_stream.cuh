@@ -35,7 +35,6 @@ __device__ __forceinline__ void decode_expand_blocks(const DecodeExpandParams& p
                                                      unsigned char* shared) {
   using Traits = DecodeStreamTraits<Y, kChunk>;
   constexpr int kSpan = Traits::kSpan, kStages = Traits::kStages;
-  constexpr int kQuads = kTileTokens / 4;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4,
             q = lane % 4;
   const auto& from = p.slices[slice];
@@ -102,68 +101,15 @@ __device__ __forceinline__ void decode_expand_blocks(const DecodeExpandParams& p
     fetch();
   }
 
-  PartialProducts xa(p.batch, t, tile, slice);
+  PartialProducts<8> xa(p.batch, t, tile, slice);
   if (!waited) {
     device::grid_dependency_launch();
     device::grid_dependency_wait();
     waited = true;
   }
-  xa.scaling = __ldcg(xa.scaling_at);
+  xa.scaling = read_plan<true>(xa.scaling_at);
   __syncthreads();  // all warps are done with xa of the blocks before
-  if constexpr (device::kNeedsScale<T>) {
-    if (thread < kTileTokens) {
-      token_max[thread] = 0;
-    }
-    __syncthreads();
-    for (int i = thread; i < rank * kQuads; i += kExpandThreads) {
-      const int token = i % kQuads * 4;
-      const float4 sum = token < t.count ? xa.quad(i / kQuads, token) : make_float4(0, 0, 0, 0);
-      const float values[4] = {sum.x, sum.y, sum.z, sum.w};
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        atomicMax(token_max + token + e, __float_as_int(fabsf(values[e])));
-      }
-    }
-    __syncthreads();
-  }
-  const int padded = (rank + kSpan - 1) / kSpan * kSpan;
-  constexpr int kRows = kExpandThreads / kQuads;  // that the CTA adds up at a time
-  constexpr int kAtOnce = 2;                      // and so often, all loads in flight together
-  for (int i = thread; i < padded * kQuads; i += kAtOnce * kExpandThreads) {
-    const int first_row = i / kQuads, token = i % kQuads * 4;
-    float4 sums[kAtOnce] = {};
-    if (token < t.count) {
-      const float* part = xa.first + first_row * kTileTokens + token;
-#pragma unroll 4
-      for (int c = 0; c < xa.splits; ++c, part += xa.stride) {
-#pragma unroll
-        for (int k = 0; k < kAtOnce; ++k) {
-          if (first_row + k * kRows < rank) {
-            const float4 next =
-                __ldcg(reinterpret_cast<const float4*>(part + k * kRows * kTileTokens));
-            sums[k].x += next.x, sums[k].y += next.y, sums[k].z += next.z, sums[k].w += next.w;
-          }
-        }
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-      const int row = first_row + k * kRows;
-      const float values[4] = {sums[k].x, sums[k].y, sums[k].z, sums[k].w};
-      if (row < padded) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float scale =
-              device::kNeedsScale<T> ? device::scale_down(token_max[token + e]) : 1.0f;
-          T high, low;
-          device::split(values[e] * xa.scaling * scale, high, low);
-          xa_high[(token + e) * xa_stride + row] = high;
-          xa_low[(token + e) * xa_stride + row] = low;
-        }
-      }
-    }
-  }
-  __syncthreads();
+  split_xa<T, kSpan>(xa, t, token_max, xa_high, xa_low, xa_stride);
 
   int next_stage = 0;
 #pragma unroll 1
@@ -177,36 +123,7 @@ __device__ __forceinline__ void decode_expand_blocks(const DecodeExpandParams& p
       stage = stages + next_stage * Traits::kStageBytes;
       next_stage = next_stage + 1 < kStages ? next_stage + 1 : 0;
       const T* weights_at = reinterpret_cast<const T*>(stage) + thread * kChunk;
-      device::Chunk<T, kChunk> high[2], low[2];
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        const int at = (8 * n + g) * xa_stride + j + q * kChunk;
-        high[n] = *reinterpret_cast<const device::Chunk<T, kChunk>*>(xa_high + at);
-        low[n] = *reinterpret_cast<const device::Chunk<T, kChunk>*>(xa_low + at);
-      }
-#pragma unroll
-      for (int m = 0; m < 4; ++m) {
-        device::Chunk<T, kChunk> weights[2];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          weights[h] = *reinterpret_cast<const device::Chunk<T, kChunk>*>(
-              weights_at + (2 * m + h) * kExpandThreads * kChunk);
-        }
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          if (n == 0 || t.count > 8 * n) {
-#pragma unroll
-            for (int w = 0; w < kChunk / 2; w += 2) {
-              device::mma<T>(acc[m][n], weights[0].words[w], weights[1].words[w],
-                             weights[0].words[w + 1], weights[1].words[w + 1], high[n].words[w],
-                             high[n].words[w + 1]);
-              device::mma<T>(acc[m][n], weights[0].words[w], weights[1].words[w],
-                             weights[0].words[w + 1], weights[1].words[w + 1], low[n].words[w],
-                             low[n].words[w + 1]);
-            }
-          }
-        }
-      }
+      multiply_step<T, kChunk>(acc, weights_at, xa_high + j, xa_low + j, xa_stride, t.count);
     }
     const int column = block * kExpandColumns;
     if (lane_column + column < from.width) {
@@ -245,8 +162,8 @@ __global__ void __launch_bounds__(kExpandThreads, kDecodeStreamCtas<kChunk>)
   }
   // Looked at beside the number of tiles: where there is a CTA for each item, it is the one.
   int known = blockIdx.x / p.blocks_per_tile;
-  DecodeTile t = read_tile(p.batch, known, 0, 0);
-  const int num_tiles = min(__ldcg(p.batch.header + kNumTiles), p.batch.tile_capacity);
+  DecodeTile t = read_tile<true>(p.batch, known, 0, 0);
+  const int num_tiles = min(read_plan<true>(p.batch.header + kNumTiles), p.batch.tile_capacity);
   const unsigned items = num_tiles * p.blocks_per_tile, parts = gridDim.x;
   const unsigned each = items / parts, longer = items - each * parts;  // parts with an item more
   int at = static_cast<int>(each * blockIdx.x + min(blockIdx.x, longer));
@@ -260,7 +177,7 @@ __global__ void __launch_bounds__(kExpandThreads, kDecodeStreamCtas<kChunk>)
     const int last = min(end, slice_begin + p.slices[slice].blocks);
     if (tile != known) {
       known = tile;
-      t = read_tile(p.batch, tile, 0, 0);
+      t = read_tile<true>(p.batch, tile, 0, 0);
     }
     if (t.slot >= 0 && t.rank > 0) {
       decode_expand_blocks<T, Y, kChunk>(p, t, tile, slice, at - slice_begin, last - slice_begin,

@@ -25,54 +25,119 @@ struct alignas(64) DecodeShrinkParams {
     int64_t slot_stride, row_stride;
   } slices[kMaxSlices];
 };
-// The shrink's first look, which finds its tile's slot, rank and tokens with nothing to go by:
-// where the batch and the pool are small it reads all tokens and ranks beside the tiles that may be
-// its own, one round of loads in place of three. Cold, as they are behind a base layer, each would
-// take most of a microsecond. The barrier is every thread's, whatever it read.
-__device__ __forceinline__ DecodeTile find_tile(const DecodeBatch& p, int part, int& split_shift) {
-  __shared__ int tokens[kShrinkThreads], ranks[kShrinkThreads];
-  const int thread = threadIdx.x;
-  if (p.max_tokens > kShrinkThreads || p.num_slots > kShrinkThreads) {
-    split_shift = read_split_shift(p);
-    return read_tile(p, part >> split_shift, 0, 0);
+// What a CTA has to do: a part of a tile's K. `num_tiles` is what the number of parts follows from.
+struct ShrinkWork {
+  DecodeTile tile;
+  int index, num_tiles, parts;  // index: of the tile
+
+  __device__ __forceinline__ bool has_rows(const DecodeBatch& p, int first_row) const {
+    return tile.slot >= 0 && first_row < tile.rank * p.num_slices;
   }
-  const int num_tiles = __ldcg(p.header + kNumTiles);
-  int4 candidates[SplitLimits::kCount + 1];
-#pragma unroll
-  for (int shift = 0; shift <= SplitLimits::kCount; ++shift) {
-    const int tile = min(part >> shift, p.tile_capacity - 1);
-    candidates[shift] = __ldcg(reinterpret_cast<const int4*>(p.tiles + tile));
+  // In steps of 32 values of K.
+  __device__ __forceinline__ int begin(const DecodeBatch& p, int part) const {
+    return small_quotient(steps(p) * (part - index * parts), parts);
+  }
+  __device__ __forceinline__ int end(const DecodeBatch& p, int part) const {
+    return part - index * parts == parts - 1 ? steps(p) : begin(p, part + 1);
+  }
+  __device__ __forceinline__ static int steps(const DecodeBatch& p) {
+    return (p.in_features + 31) / 32;
+  }
+};
+
+// The first look, which finds a part's tile, rank and tokens with nothing to go by: where the batch
+// and the pool are small it reads all tiles, tokens and ranks, one round of loads in place of
+// three. Cold, as they are behind a base layer, each would take most of a microsecond. What it
+// reads may be yet to be overwritten, so nothing in it is taken for granted. The barrier is every
+// thread's, whatever it read.
+__device__ __forceinline__ ShrinkWork find_work(const DecodeBatch& p, int part) {
+  __shared__ int tokens[kShrinkThreads], ranks[kShrinkThreads];
+  __shared__ int4 tiles[kShrinkThreads];
+  __shared__ int num_tiles;
+  const int thread = threadIdx.x;
+  ShrinkWork work;
+  if (p.max_tokens > kShrinkThreads || p.num_slots > kShrinkThreads ||
+      p.tile_capacity > kShrinkThreads) {
+    work.num_tiles = read_plan<false>(p.header + kNumTiles);
+    work.parts = p.split_rules.parts(work.num_tiles);
+    work.index = small_quotient(part, work.parts);
+    work.tile = read_tile<false>(p, work.index, 0, 0);
+    return work;
+  }
+  if (thread == 0) {
+    num_tiles = read_plan<false>(p.header + kNumTiles);
+  }
+  if (thread < p.tile_capacity) {
+    tiles[thread] = read_plan<false>(reinterpret_cast<const int4*>(p.tiles + thread));
   }
   if (thread < p.max_tokens) {
-    tokens[thread] = __ldcg(p.permutation + thread);
+    tokens[thread] = read_plan<false>(p.permutation + thread);
   }
   if (thread < p.num_slots) {
-    ranks[thread] = __ldcg(p.ranks + thread);
+    ranks[thread] = read_plan<false>(p.ranks + thread);
   }
   __syncthreads();
-  split_shift = p.split_limits.shift(num_tiles);
-  int4 raw = candidates[0];
-#pragma unroll
-  for (int shift = 1; shift <= SplitLimits::kCount; ++shift) {
-    raw = split_shift == shift ? candidates[shift] : raw;
+  work.num_tiles = num_tiles;
+  work.parts = p.split_rules.parts(work.num_tiles);
+  work.tile = {-1, 0, 0, 0, -1};
+  work.index = small_quotient(part, work.parts);
+  const int4 raw = tiles[min(work.index, p.tile_capacity - 1)];
+  if (raw.x >= 0 && raw.x < p.num_slots && work.index < p.tile_capacity) {
+    const int entry = thread % kTileTokens;
+    const int token = tokens[min(max(raw.y + entry, 0), p.max_tokens - 1)];
+    work.tile = {raw.x, raw.y, raw.z, min(ranks[raw.x], p.max_rank),
+                 entry < raw.z && token >= 0 && token < p.num_tokens ? token : -1};
   }
-  if (raw.x < 0 || raw.x >= p.num_slots || (part >> split_shift) >= p.tile_capacity) {
-    return {-1, 0, 0, 0, -1};
-  }
-  const int entry = thread % kTileTokens;
-  const int token = tokens[min(max(raw.y + entry, 0), p.max_tokens - 1)];
-  return {raw.x, raw.y, raw.z, min(ranks[raw.x], p.max_rank),
-          entry < raw.z && token < p.num_tokens ? token : -1};
+  return work;
 }
 
-// Values k .. k + 8 of a row, those from `end` on as 0.
+// The second look, at a plan that is final, with the first one to go by.
+__device__ __forceinline__ ShrinkWork read_work(const DecodeBatch& p, int part,
+                                                const ShrinkWork& guess) {
+  ShrinkWork work = guess;
+  work.num_tiles = read_plan<true>(p.header + kNumTiles);
+  work.tile = read_tile<true>(p, guess.index, guess.tile.slot, guess.tile.start);
+  if (work.num_tiles != guess.num_tiles) {
+    work.parts = p.split_rules.parts(work.num_tiles);
+    work.index = small_quotient(part, work.parts);
+    work.tile = read_tile<true>(p, work.index, 0, 0);
+  }
+  return work;
+}
+
+// The same without a stop: what the first look found is used at once, and these loads, of what it
+// read, say later whether that was right.
+struct PlanCheck {
+  int num_tiles, rank, token;
+  int4 tile;
+
+  __device__ __forceinline__ PlanCheck(const DecodeBatch& p, const ShrinkWork& work) {
+    const DecodeTile& t = work.tile;
+    const int entry = threadIdx.x % kTileTokens;
+    num_tiles = read_plan<true>(p.header + kNumTiles);
+    tile = read_plan<true>(reinterpret_cast<const int4*>(p.tiles + work.index));
+    rank = read_plan<true>(p.ranks + t.slot);
+    token = read_plan<true>(p.permutation + min(max(t.start + entry, 0), p.max_tokens - 1));
+  }
+  // Of the whole warp; all warps find the same.
+  __device__ __forceinline__ bool confirms(const DecodeBatch& p, const ShrinkWork& work) const {
+    const DecodeTile& t = work.tile;
+    const bool exists =
+        static_cast<int>(threadIdx.x % kTileTokens) < t.count && token >= 0 && token < p.num_tokens;
+    return __all_sync(0xffffffffu, num_tiles == work.num_tiles && tile.x == t.slot &&
+                                       tile.y == t.start && tile.z == t.count &&
+                                       min(rank, p.max_rank) == t.rank &&
+                                       (exists ? token : -1) == t.token);
+  }
+};
+
+// The first `valid` of eight values, the others as 0.
 template <typename T, bool kVector>
-__device__ __forceinline__ void load_chunk(device::Chunk<T, 8>& chunk, const T* row, int k, int end,
-                                           bool exists) {
-  if constexpr (kVector) {
-    device::load_vector(chunk, row + k, exists && k < end);
+__device__ __forceinline__ void load_chunk(device::Chunk<T, 8>& chunk, const T* from, int valid) {
+  if constexpr (kVector) {  // all or none
+    device::load_vector_and_line(chunk, from, valid > 0);
   } else {
-    device::load_scalars(chunk, row + k, exists ? end - k : 0);
+    device::load_scalars(chunk, from, valid);
   }
 }
 
@@ -82,88 +147,151 @@ struct DecodeShrinkTraits {
   static constexpr int kRows = 16 * kBlocks;
   // 32-wide K steps of a warp whose loads are in flight together: as many as registers hold.
   static constexpr int kSteps = kBlocks == 1 ? 5 : 3;
+  // Whether there are registers to look the plan up again while the first loads are on their way.
+  static constexpr bool kSpeculates = kBlocks == 1;
   static constexpr int kPartialStride = kTileTokens + 4;  // float2 stores hit distinct banks
   static constexpr int kSharedBytes = kShrinkWarps * kRows * kPartialStride * 4;
 };
 
-template <typename T>
+template <typename T, bool kFlat>
 __device__ __forceinline__ const T* shrink_row(const DecodeShrinkParams& p, int slot, int rank,
                                                int row) {
-  const int slice = p.one_range ? 0 : row / rank;
+  const int slice = p.one_range ? 0 : small_quotient(row, rank);
   const auto& from = p.slices[slice];
-  const int64_t start = p.a_offsets != nullptr ? p.a_offsets[slot] : slot * from.slot_stride;
+  const int64_t start =
+      kFlat && p.a_offsets != nullptr ? p.a_offsets[slot] : slot * from.slot_stride;
   return static_cast<const T*>(from.a) + start + (row - slice * rank) * from.row_stride;
 }
 
-template <typename T, int kBlocks, bool kVector>
-__device__ __forceinline__ void decode_shrink_body(const DecodeShrinkParams& p, const DecodeTile& t,
-                                                   int group, int part, int split_shift,
-                                                   float* shared) {
+// What will be read, to L2, before it may be read: x may be yet to be written, and the tile another
+// one than `work` says, but as an address of a prefetch, kept inside the tensors, it does no harm.
+template <typename T, int kRows>
+__device__ __forceinline__ void prefetch_part(const DecodeShrinkParams& p, int part, int first_row,
+                                              const ShrinkWork& work) {
+  const DecodeTile& t = work.tile;
+  const int k = 32 * work.begin(p.batch, part);
+  const int end = min(32 * work.end(p.batch, part), p.batch.in_features);
+  const int bytes = 2 * min(end - k, p.prefetch_features);
+  const int row = first_row + threadIdx.x;
+  if (threadIdx.x < kRows && row < t.rank * p.batch.num_slices) {
+    device::prefetch_l2(shrink_row<T, false>(p, t.slot, t.rank, row) + k, bytes);
+  } else if (threadIdx.x >= kShrinkThreads - kTileTokens && t.token >= 0) {
+    device::prefetch_l2(static_cast<const T*>(p.x) + t.token * p.x_stride + k, bytes);
+  }
+}
+
+// final: the plan is, and so is x. Else waits for both as late as it can; then what `work` says is
+// put to use, and looked up again meanwhile.
+template <typename T, int kBlocks, bool kVector, bool kFlat>
+__device__ __forceinline__ void decode_shrink_body(const DecodeShrinkParams& p, int group, int part,
+                                                   ShrinkWork work, bool final, float* shared) {
   using Traits = DecodeShrinkTraits<kBlocks>;
   constexpr int kSteps = Traits::kSteps, kRows = Traits::kRows;
   constexpr int kPartialStride = Traits::kPartialStride;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4,
             q = lane % 4;
-  const int rows = t.rank * p.batch.num_slices, first_row = group * kRows;
-
-  const T* a_rows[2 * kBlocks];
-  bool has_row[2 * kBlocks];
+  const int first_row = group * kRows;
+  float acc[kBlocks][2][4];
+  bool waited = final, confirmed = final;
+  do {
+    const DecodeTile& t = work.tile;
+    // Neighbouring warps take neighbouring 64-byte pieces of the same rows, so that DRAM sees long
+    // runs.
+    const int begin = work.begin(p.batch, part) + warp, end = work.end(p.batch, part);
+    const int first_k = 32 * begin + 8 * q;
+    const T* a_next[2 * kBlocks];
+    bool has_row[2 * kBlocks];
 #pragma unroll
-  for (int i = 0; i < 2 * kBlocks; ++i) {
-    const int row = first_row + 8 * i + g;
-    has_row[i] = row < rows;
-    a_rows[i] = shrink_row<T>(p, t.slot, t.rank, has_row[i] ? row : 0);
-  }
-  const T* x_rows[2];
-  bool has_token[2];
+    for (int i = 0; i < 2 * kBlocks; ++i) {
+      const int row = first_row + 8 * i + g;
+      has_row[i] = row < t.rank * p.batch.num_slices;
+      a_next[i] = shrink_row<T, kFlat>(p, t.slot, t.rank, has_row[i] ? row : 0) + first_k;
+    }
+    const T* x_next[2];
+    bool has_token[2];
 #pragma unroll
-  for (int n = 0; n < 2; ++n) {
-    const int token = __shfl_sync(0xffffffffu, t.token, 8 * n + g);
-    has_token[n] = token >= 0;
-    x_rows[n] = static_cast<const T*>(p.x) + max(token, 0) * p.x_stride;
-  }
-
-  // Neighbouring warps take neighbouring 64-byte pieces of the same rows, so that DRAM sees long
-  // runs.
-  const int steps = (p.batch.in_features + 31) / 32, split = part & ((1 << split_shift) - 1);
-  const int end = steps * (split + 1) >> split_shift;
-  const int k_end = min(32 * end, p.batch.in_features);
-  float acc[kBlocks][2][4] = {};
-  // The bound is the warp's, not the lane's: mma needs all lanes.
-  for (int step = (steps * split >> split_shift) + warp; step < end;
-       step += kShrinkWarps * kSteps) {
-    device::Chunk<T, 8> weights[kSteps][2 * kBlocks], tokens[kSteps][2];
+    for (int n = 0; n < 2; ++n) {
+      const int token = __shfl_sync(0xffffffffu, t.token, 8 * n + g);
+      has_token[n] = token >= 0;
+      x_next[n] = static_cast<const T*>(p.x) + max(token, 0) * p.x_stride + first_k;
+    }
+    // Steps of the warp and values of the lane that are left: mma needs all lanes.
+    int warp_left = end - begin, left = min(32 * end, p.batch.in_features) - first_k;
 #pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      const int k = 32 * (step + s * kShrinkWarps) + 8 * q;
+    for (int i = 0; i < kBlocks * 8; ++i) {
+      acc[i / 8][i / 4 % 2][i % 4] = 0;
+    }
+    if (!waited) {
+      device::grid_dependency_wait();
+      device::grid_dependency_launch();
+      waited = true;
+    }
+    // No load moves before the wait.
 #pragma unroll
-      for (int i = 0; i < 2 * kBlocks; ++i) {
-        load_chunk<T, kVector>(weights[s][i], a_rows[i], k, k_end, has_row[i]);
-      }
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        load_chunk<T, kVector>(tokens[s][n], x_rows[n], k, k_end, has_token[n]);
-      }
+    for (int i = 0; i < 2 * kBlocks; ++i) {
+      asm volatile("" : "+l"(a_next[i])::"memory");
     }
 #pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
+    for (int n = 0; n < 2; ++n) {
+      asm volatile("" : "+l"(x_next[n])::"memory");
+    }
+    const PlanCheck check(p.batch, work);
+    do {
+      constexpr int kStride = 32 * kShrinkWarps;
+      device::Chunk<T, 8> weights[kSteps][2 * kBlocks], tokens[kSteps][2];
 #pragma unroll
-      for (int w = 0; w < 4; w += 2) {
+      for (int s = 0; s < kSteps; ++s) {
+        const int valid = left - s * kStride;
 #pragma unroll
-        for (int block = 0; block < kBlocks; ++block) {
+        for (int i = 0; i < 2 * kBlocks; ++i) {
+          load_chunk<T, kVector>(weights[s][i], a_next[i] + s * kStride, has_row[i] ? valid : 0);
+        }
 #pragma unroll
-          for (int n = 0; n < 2; ++n) {
-            if (n == 0 || t.count > 8) {
-              device::mma<T>(acc[block][n], weights[s][2 * block].words[w],
-                             weights[s][2 * block + 1].words[w], weights[s][2 * block].words[w + 1],
-                             weights[s][2 * block + 1].words[w + 1], tokens[s][n].words[w],
-                             tokens[s][n].words[w + 1]);
+        for (int n = 0; n < 2; ++n) {
+          load_chunk<T, kVector>(tokens[s][n], x_next[n] + s * kStride, has_token[n] ? valid : 0);
+        }
+      }
+      if (!confirmed) {
+        confirmed = check.confirms(p.batch, work);
+        if (!confirmed) {
+          break;
+        }
+      }
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+#pragma unroll
+        for (int w = 0; w < 4; w += 2) {
+#pragma unroll
+          for (int block = 0; block < kBlocks; ++block) {
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+              if (n == 0 || t.count > 8) {
+                device::mma<T>(acc[block][n], weights[s][2 * block].words[w],
+                               weights[s][2 * block + 1].words[w],
+                               weights[s][2 * block].words[w + 1],
+                               weights[s][2 * block + 1].words[w + 1], tokens[s][n].words[w],
+                               tokens[s][n].words[w + 1]);
+              }
             }
           }
         }
       }
+#pragma unroll
+      for (int i = 0; i < 2 * kBlocks; ++i) {
+        a_next[i] += kSteps * kStride;
+      }
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        x_next[n] += kSteps * kStride;
+      }
+      left -= kSteps * kStride, warp_left -= kSteps * kShrinkWarps;
+    } while (warp_left > 0);
+    if (confirmed) {
+      break;
     }
-  }
+    work = read_work(p.batch, part, work);
+    confirmed = true;
+  } while (work.has_rows(p.batch, first_row));
 
   // The warps' sums meet in shared memory, in fixed order.
 #pragma unroll
@@ -182,11 +310,11 @@ __device__ __forceinline__ void decode_shrink_body(const DecodeShrinkParams& p, 
   __syncthreads();
   const int64_t stride = int64_t{p.batch.num_slices} * p.batch.max_rank;
   float* out = p.batch.partial + (part * stride + first_row) * kTileTokens;
-  const int used = min(rows - first_row, kRows);
+  const int used = min(work.tile.rank * p.batch.num_slices - first_row, kRows);
 #pragma unroll
   for (int i = thread; i < kRows * kTileTokens / 4; i += kShrinkThreads) {
     const int row = i / (kTileTokens / 4), token = i % (kTileTokens / 4) * 4;
-    if (row < used && token < t.count) {
+    if (row < used && token < work.tile.count) {
       const float* from = shared + row * kPartialStride + token;
       float4 sum = *reinterpret_cast<const float4*>(from);
 #pragma unroll
@@ -208,52 +336,36 @@ __global__ void __launch_bounds__(kShrinkThreads, 2)
   extern __shared__ __align__(128) float sums[];
   using Traits = DecodeShrinkTraits<kBlocks>;
   constexpr int kRows = Traits::kRows;
-  // The kernel before this one may still be at work: what it writes must not be read, but what
-  // will be read can be brought to L2. The plan may be among what it writes; as an address of a
-  // prefetch, kept inside the tensors, the old one does no harm.
   // Row groups of a part are neighbours: so the CTAs that have work are the first ones of the grid,
   // which go to different SMs.
   const int part = blockIdx.x / p.row_groups, group = blockIdx.x % p.row_groups;
-  int shift = 0;
-  DecodeTile t = find_tile(p.batch, part, shift);
-  if constexpr (!kGeneral) {
-    if (t.slot >= 0 && t.slot < p.batch.num_slots) {
-      const int steps = (p.batch.in_features + 31) / 32, split = part & ((1 << shift) - 1);
-      const int k = 32 * (steps * split >> shift);
-      const int bytes = 2 * min(min(32 * (steps * (split + 1) >> shift), p.batch.in_features) - k,
-                                p.prefetch_features);
-      const int row = group * kRows + threadIdx.x;
-      if (threadIdx.x < kRows && row < t.rank * p.batch.num_slices) {
-        device::prefetch_l2(shrink_row<T>(p, t.slot, t.rank, row) + k, bytes);
-      } else if (threadIdx.x >= kShrinkThreads - kTileTokens && t.token >= 0) {
-        device::prefetch_l2(static_cast<const T*>(p.x) + t.token * p.x_stride + k, bytes);
-      }
+  ShrinkWork work = find_work(p.batch, part);
+  const bool likely = !kGeneral && work.has_rows(p.batch, group * kRows);
+  if (likely) {
+    prefetch_part<T, kRows>(p, part, group * kRows, work);
+  }
+  const bool final = !Traits::kSpeculates || !likely;
+  if (final) {
+    device::grid_dependency_wait();
+    device::grid_dependency_launch();
+    work = read_work(p.batch, part, work);
+    if (!work.has_rows(p.batch, group * kRows)) {
+      return;
     }
   }
-  device::grid_dependency_wait();
-  device::grid_dependency_launch();
-  const int guess = shift;
-  shift = read_split_shift(p.batch);
-  t = read_tile(p.batch, part >> guess, t.slot, t.start);
-  if (shift != guess) {
-    t = read_tile(p.batch, part >> shift, 0, 0);
-  }
-  if (t.slot < 0 || group * kRows >= t.rank * p.batch.num_slices) {
-    return;
-  }
-  bool vector = true;
   if constexpr (kGeneral) {
-    vector = p.vector_x;
+    bool vector = p.vector_x;
     for (int i = 0; i < p.batch.num_slices; ++i) {
       vector &= p.slices[i].row_stride % 8 == 0 &&
-                device::is_aligned(shrink_row<T>(p, t.slot, t.rank, i * t.rank), 16);
+                device::is_aligned(
+                    shrink_row<T, true>(p, work.tile.slot, work.tile.rank, i * work.tile.rank), 16);
+    }
+    if (!vector) {
+      decode_shrink_body<T, kBlocks, false, true>(p, group, part, work, true, sums);
+      return;
     }
   }
-  if (vector) {
-    decode_shrink_body<T, kBlocks, true>(p, t, group, part, shift, sums);
-  } else if constexpr (kGeneral) {
-    decode_shrink_body<T, kBlocks, false>(p, t, group, part, shift, sums);
-  }
+  decode_shrink_body<T, kBlocks, true, kGeneral>(p, group, part, work, final, sums);
 }
 
 }  // namespace lora_ext::cuda

@@ -24,7 +24,7 @@ struct DecodeBatch {
   const int32_t *permutation, *ranks;
   const float* scalings;
   float* partial;  // [tile][split][S * R][16 tokens]
-  SplitLimits split_limits;
+  SplitRules split_rules;
   int32_t tile_capacity, max_tokens, num_slots, num_tokens, max_rank, num_slices, in_features;
 };
 
@@ -33,22 +33,30 @@ struct DecodeTile {
   int slot, start, count, rank, token;
 };
 
-// The parts of K follow from the tiles that there are, which the host does not know.
-__device__ __forceinline__ int read_split_shift(const DecodeBatch& p) {
-  return p.split_limits.shift(__ldcg(p.header + kNumTiles));
+// Reads the plan. While it may be yet to be written, past the L1 cache, which would keep what was
+// there; when it is final through that cache, because all warps of all CTAs read the same few lines
+// at the same time, one after another where L2 has them: 2 us with 256 CTAs of 8 warps.
+template <bool kFinal, typename V>
+__device__ __forceinline__ V read_plan(const V* from) {
+  if constexpr (kFinal) {
+    return __ldca(from);
+  } else {
+    return __ldcg(from);
+  }
 }
 
 // `slot` and `start` say where to look, so that the tile, its rank and its tokens come in one round
-// of loads instead of two; where they are wrong it reads again. Past L1, since the guess may have
-// been read before the kernel that makes the plan was done.
+// of loads instead of two; where they are wrong it reads again.
+template <bool kFinal>
 __device__ __forceinline__ DecodeTile read_tile(const DecodeBatch& p, int tile, int slot,
                                                 int start) {
   const int entry = threadIdx.x % kTileTokens;
   for (;;) {
     const int4 raw =
-        __ldcg(reinterpret_cast<const int4*>(p.tiles + min(tile, p.tile_capacity - 1)));
-    const int rank = __ldcg(p.ranks + min(max(slot, 0), p.num_slots - 1));
-    const int token = __ldcg(p.permutation + min(max(start + entry, 0), p.max_tokens - 1));
+        read_plan<kFinal>(reinterpret_cast<const int4*>(p.tiles + min(tile, p.tile_capacity - 1)));
+    const int rank = read_plan<kFinal>(p.ranks + min(max(slot, 0), p.num_slots - 1));
+    const int token =
+        read_plan<kFinal>(p.permutation + min(max(start + entry, 0), p.max_tokens - 1));
     if (raw.x == slot && raw.y == start && tile < p.tile_capacity) {
       // A token past the end of x (a plan for more tokens than this call has) counts as absent.
       return {slot, start, raw.z, min(rank, p.max_rank),

@@ -26,12 +26,14 @@ struct Column {
   int64_t stride;
 };
 
+__device__ __forceinline__ int64_t read_id(const EmbeddingParams& p, int64_t token) {
+  return p.ids_are_int64 ? static_cast<const int64_t*>(p.ids)[token]
+                         : static_cast<const int32_t*>(p.ids)[token];
+}
+
 template <typename T>
-__device__ __forceinline__ Column<T> find_column(const EmbeddingParams& p, int64_t token,
-                                                 int slot) {
-  const int64_t id = (p.ids_are_int64 ? static_cast<const int64_t*>(p.ids)[token]
-                                      : static_cast<const int32_t*>(p.ids)[token]) -
-                     p.vocab_start;
+__device__ __forceinline__ Column<T> find_column(const EmbeddingParams& p, int64_t id, int slot) {
+  id -= p.vocab_start;
   if (id >= 0 && id < p.vocab_size) {
     return {static_cast<const T*>(p.a) + slot * p.a_slot_stride + id * p.a_vocab_stride,
             p.a_rank_stride};
@@ -55,7 +57,7 @@ __global__ void __launch_bounds__(32 * kWarps) embedding_kernel(EmbeddingParams 
     float scaling = 0.0f;
     Column<T> column{};
     if (slot >= 0) {
-      column = find_column<T>(p, t, slot);
+      column = find_column<T>(p, read_id(p, t), slot);
       rank = column.first != nullptr ? min(p.ranks[slot], p.max_rank) : 0;
       scaling = p.scalings[slot];
     }
@@ -66,51 +68,91 @@ __global__ void __launch_bounds__(32 * kWarps) embedding_kernel(EmbeddingParams 
   }
 }
 
-// The columns of a tile's tokens, found when the copies of B and y are under way.
+// The columns of a tile's tokens, whose ids are asked for before B and y are, and which come to
+// shared memory in one round of loads.
 template <typename T>
 struct GatheredColumns {
   const EmbeddingParams& p;
   const DecodeTile& t;
   Column<T>* columns;  // [16] in shared memory
+  int2* ids;           // the same, as they come: one word or two
   float scaling;
+  const T* values;
+  int stride;
 
-  __device__ __forceinline__ void wait() {
-    scaling = p.scalings[t.slot];
+  __device__ __forceinline__ GatheredColumns(const EmbeddingParams& p_, const DecodeTile& t_,
+                                             Column<T>* columns_, int2* ids_)
+      : p(p_), t(t_), columns(columns_), ids(ids_) {
+    if (threadIdx.x < kTileTokens && t.token >= 0) {
+      const int words = p.ids_are_int64 ? 2 : 1;
+      const int32_t* from = static_cast<const int32_t*>(p.ids) + int64_t{words} * t.token;
+      device::copy_async_4(&ids[threadIdx.x].x, from);
+      device::copy_async_4(&ids[threadIdx.x].y, from + words - 1);
+    }
+    device::copy_async_commit();
+  }
+
+  // room: [16][room_stride], which is xa's low half as soon as each value was read.
+  __device__ __forceinline__ void wait(T* room, int room_stride) {
+    scaling = read_plan<true>(p.scalings + t.slot);
+    device::copy_async_wait<2>();  // all but B and y
     if (threadIdx.x < kTileTokens) {
-      columns[threadIdx.x] = t.token >= 0 ? find_column<T>(p, t.token, t.slot) : Column<T>{};
+      const int2 words = ids[threadIdx.x];
+      const int64_t id =
+          p.ids_are_int64 ? int64_t{words.y} << 32 | static_cast<uint32_t>(words.x) : words.x;
+      columns[threadIdx.x] = t.token >= 0 ? find_column<T>(p, id, t.slot) : Column<T>{};
     }
     __syncthreads();
+    for (int i = threadIdx.x; i < kTileTokens * ((t.rank + 7) / 8); i += kExpandThreads) {
+      const Column<T> column = columns[i % kTileTokens];
+      const int row = i / kTileTokens * 8;
+      const T* from = column.first + row * column.stride;
+      const int valid = column.first != nullptr ? t.rank - row : 0;
+      device::Chunk<T, 8> chunk;
+      if (column.stride == 1 && valid >= 8 && device::is_aligned(from, 16)) {
+        device::load_vector(chunk, from, true);
+      } else {
+        T single[8];
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          single[e] = e < valid ? from[e * column.stride] : T(0.0f);
+        }
+#pragma unroll
+        for (int e = 0; e < 8; e += 2) {
+          chunk.words[e / 2] = device::pack_two(single[e], single[e + 1]);
+        }
+      }
+      *reinterpret_cast<device::Chunk<T, 8>*>(room + i % kTileTokens * room_stride + row) = chunk;
+    }
+    __syncthreads();
+    values = room, stride = room_stride;
   }
   __device__ __forceinline__ float4 quad(int row, int token) const {
-    float values[4];
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const Column<T> column = columns[token + e];
-      values[e] = column.first != nullptr
-                      ? scaling * device::to_float(column.first[row * column.stride])
-                      : 0.0f;
-    }
-    return make_float4(values[0], values[1], values[2], values[3]);
+    const T* from = values + token * stride + row;
+    return make_float4(
+        scaling * device::to_float(from[0]), scaling * device::to_float(from[stride]),
+        scaling * device::to_float(from[2 * stride]), scaling * device::to_float(from[3 * stride]));
   }
 };
 
 // Before the wait: what is likely needed of B comes to L2, as in the decode shrink.
 template <typename T, typename Y, int kChunk, bool kGeneral>
-__global__ void __launch_bounds__(kExpandThreads, kChunk == 4 ? 6 : 4)
+__global__ void __launch_bounds__(kExpandThreads, kChunk == 4 ? 5 : 4)
     embedding_apply_kernel(const __grid_constant__ EmbeddingParams p,
                            const __grid_constant__ DecodeExpandParams expand) {
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ Column<T> columns[kTileTokens];
+  __shared__ int2 ids[kTileTokens];
   const int tile = blockIdx.x / expand.blocks_per_tile, block = blockIdx.x % expand.blocks_per_tile;
-  DecodeTile t = read_tile(expand.batch, tile, 0, 0);
+  DecodeTile t = read_tile<false>(expand.batch, tile, 0, 0);
   prefetch_b<T>(expand, t, 0, block);
   device::grid_dependency_wait();
   device::grid_dependency_launch();
-  t = read_tile(expand.batch, tile, t.slot, t.start);
+  t = read_tile<true>(expand.batch, tile, t.slot, t.start);
   if (t.slot < 0 || t.rank <= 0) {
     return;
   }
-  GatheredColumns<T> xa{p, t, columns, 0.0f};
+  GatheredColumns<T> xa(p, t, columns, ids);
   decode_expand<T, Y, kChunk, kGeneral>(expand, t, xa, 0, block, shared);
 }
 

@@ -63,25 +63,38 @@ struct ApplyShape {
   bool batch_invariant;  // the choice must not depend on the batch
 };
 
-// Into how many parts the decode shrink cuts K: 2^i where there are at most tiles[i - 1] tiles.
-// Only the device knows how many there are, so that a batch of one adapter among hundreds of slots
-// is cut as it should be.
-struct SplitLimits {
-  static constexpr int kCount = 4;  // up to 16 parts: the expand adds them up, latency it pays
-  int32_t tiles[kCount];            // falling
+// number / divisor for a number up to 2^20: half a unit more, and no rounding passes a whole
+// number. An integer division would be twenty instructions that somebody waits for.
+LORA_EXT_HOST_DEVICE inline int small_quotient(int number, int divisor) {
+#ifdef __CUDA_ARCH__
+  return static_cast<int>(__fdividef(number + 0.5f, divisor));
+#else
+  return number / divisor;
+#endif
+}
 
-  LORA_EXT_HOST_DEVICE int shift(int num_tiles) const {
-    int result = 0;
+// Into how many parts the decode shrink cuts K. Only the device knows how many tiles there are, so
+// that a batch of one adapter among hundreds of slots is cut as it should be.
+struct SplitRules {
+  static constexpr int kCount = 2;
+  static constexpr int kMostParts = 16;  // the expand adds them up, latency it pays
+  int32_t most_parts[kCount];            // of a tile, as long as
+  int32_t most_ctas[kCount];             // of a row group are no more than this
+
+  LORA_EXT_HOST_DEVICE int parts(int num_tiles) const {
+    int result = 1;
     for (int i = 0; i < kCount; ++i) {
-      result += num_tiles <= tiles[i];
+      const int fitting = small_quotient(most_ctas[i], num_tiles > 0 ? num_tiles : 1);
+      const int parts = fitting < most_parts[i] ? fitting : most_parts[i];
+      result = parts > result ? parts : result;
     }
     return result;
   }
   // Most parts of up to `capacity` tiles together: the grid, and the room for partial products.
-  int64_t most_parts(int64_t capacity) const {
+  int64_t all_parts(int64_t capacity) const {
     int64_t most = capacity;
     for (int i = 0; i < kCount; ++i) {
-      most = std::max(most, std::min<int64_t>(capacity, tiles[i]) << (i + 1));
+      most = std::max(most, std::min<int64_t>(capacity * most_parts[i], most_ctas[i]));
     }
     return most;
   }
@@ -90,8 +103,9 @@ struct SplitLimits {
 struct ApplyConfig {
   bool decode;  // the two decode kernels; else the wide shrink and expand
   int blocks;   // blocks of 16 rows of A that a CTA of the decode shrink computes, 1 or 2
-  SplitLimits split_limits;
+  SplitRules split_rules;
   int prefetch_features;  // values of K of a part that are brought to L2 ahead of time
+  int shared_percent;     // of an SM's L1 cache that both kernels want as shared memory; -1: any
 };
 
 // The decode kernels pay while a tile's weights are what moves; past that x and y are, and the wide
@@ -113,26 +127,27 @@ inline int64_t resident_blocks(int sm_count, int per_sm, int cluster) {
 }
 
 // Few CTAs for a small problem, so that the expand's find room beside them and have B and y ready
-// in time; more where a warp would else have many rounds of loads to wait for.
-inline SplitLimits split_limits(const ApplyShape& s, int row_groups) {
+// in time; more where a warp would else have many rounds of loads to wait for, at most as many as
+// have room at once: a second wave takes as long as the first.
+inline SplitRules split_rules(const ApplyShape& s, int row_groups, bool small) {
   const int64_t steps = ceil_div(s.in_features, 32 * kDecodeWarps);  // of a warp, without a split
   const struct {
     int64_t work, most_ctas;  // with more than `work` steps, cut as long as CTAs are no more
-  } rules[] = {{3, s.sm_count * 3 / 4}, {8, 2 * s.sm_count}, {20, 4 * s.sm_count}};
-  SplitLimits limits{};
-  int64_t limit = INT32_MAX;
-  for (int i = 0; i < SplitLimits::kCount; ++i) {
-    int64_t allowed = 0;
-    for (const auto& rule : rules) {
-      if (steps > rule.work << i) {
-        allowed = std::max(allowed, rule.most_ctas / (int64_t{row_groups} << (i + 1)));
-      }
+  } limits[] = {{3, s.sm_count * 3 / 4}, {8, small ? s.sm_count * 3 / 2 : 2 * s.sm_count}};
+  SplitRules rules{};
+  for (int i = 0; i < SplitRules::kCount; ++i) {
+    int64_t parts = 1, ctas = limits[i].most_ctas / row_groups;
+    while (parts < SplitRules::kMostParts && steps > limits[i].work * parts) {
+      parts *= 2;
     }
-    // Batch-invariant: as for one tile, whatever the batch.
-    limit = s.batch_invariant ? (allowed > 0 ? limit : 0) : std::min(limit, allowed);
-    limits.tiles[i] = static_cast<int32_t>(limit);
+    if (s.batch_invariant) {  // as for one tile, whatever the batch
+      parts = std::clamp<int64_t>(ctas, 1, parts);
+      ctas = 1 << 30;
+    }
+    rules.most_parts[i] = static_cast<int32_t>(parts);
+    rules.most_ctas[i] = static_cast<int32_t>(ctas);
   }
-  return limits;
+  return rules;
 }
 
 inline ApplyConfig apply_config(const ApplyShape& s) {
@@ -148,16 +163,23 @@ inline ApplyConfig apply_config(const ApplyShape& s) {
   // More than this, and the copies are in the way of those that somebody waits for.
   constexpr int64_t kPrefetchBytes = 16 << 20;
   const bool small = tiles * rows * s.in_features * 2 <= kPrefetchBytes;
-  return {true, blocks, split_limits(s, static_cast<int>(ceil_div(rows, 16 * blocks))),
-          small ? static_cast<int>(s.in_features) : 4 * 32 * kDecodeWarps};
+  // Kernels that want the cache divided differently are never on an SM at the same time, and small
+  // ones live from being there at the same time (`down`, 8 tokens of one adapter of rank 64: 7.7 ->
+  // 6.1 us). Loads on their way live in what is left of the cache, so large ones want it whole.
+  constexpr int kSharedPercent = 58;  // two CTAs of each kernel
+  return {true, blocks, split_rules(s, static_cast<int>(ceil_div(rows, 16 * blocks)), small),
+          small ? static_cast<int>(s.in_features) : 4 * 32 * kDecodeWarps,
+          small ? kSharedPercent : -1};
 }
 
 // CTAs of the decode expand that walk along the rows of y, `resident` on an SM; 0: one CTA for each
-// of a tile's `blocks`, which begins sooner, as long as they are no more than SMs. (gate_up, 32
-// adapters of rank 16: 25.7 -> 19.6 us; down of 256 tokens, mixed ranks: 26.8 -> 23.0.)
+// of a tile's `blocks`, which begins sooner and leaves the shrink more room, as long as they are no
+// more than a wave of them, or half as many again where B is what they wait for. (gate_up, 32
+// adapters of rank 16: 25.7 -> 19.6 us; but qkv, 32 adapters of rank 64: 27.3 -> 30.0.)
 inline int64_t decode_stream_ctas(int64_t num_tokens, int64_t num_slots, int64_t blocks,
-                                  int resident, int sm_count) {
-  const bool many = likely_tiles(num_tokens, num_slots, kTileTokens) * blocks > sm_count;
+                                  int max_rank, int resident, int sm_count) {
+  const int64_t most = int64_t{max_rank <= 16 ? 5 : 6} * sm_count;
+  const bool many = likely_tiles(num_tokens, num_slots, kTileTokens) * blocks > most;
   return many ? int64_t{resident} * sm_count : 0;
 }
 

@@ -18,34 +18,38 @@ struct DeviceProperties {
   int sm_count;
   int shared_bytes;  // of an SM, for all CTAs together
   bool clusters;
+  bool carveouts;  // a launch may say how much of an SM's L1 cache is shared memory
 };
 
 // Read once per device: cudaDeviceGetAttribute costs about as much as an eager call of an op.
 inline DeviceProperties device_properties() {
   constexpr int kMaxDevices = 64;
   static std::array<std::atomic<int64_t>, kMaxDevices>
-      cache{};  // shared_bytes, then 31 bits of sm_count, then clusters; 0: not read yet
+      cache{};  // shared_bytes, then 30 bits of sm_count, carveouts, clusters; 0: not read yet
   int device = 0;
   cudaGetDevice(&device);
   int64_t packed = device < kMaxDevices ? cache[device].load(std::memory_order_relaxed) : 0;
   if (packed == 0) {
-    int sm_count = 0, shared_bytes = 0, major = 0;
+    int sm_count = 0, shared_bytes = 0, major = 0, driver = 0;
     cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device);
     cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    packed = int64_t{shared_bytes} << 32 | sm_count * 2 | (major >= 9 ? 1 : 0);
+    cudaDriverGetVersion(&driver);
+    packed = int64_t{shared_bytes} << 32 | sm_count * 4 | (driver >= 12080 ? 2 : 0) |
+             (major >= 9 ? 1 : 0);
     if (device < kMaxDevices) {
       cache[device].store(packed, std::memory_order_relaxed);
     }
   }
-  return {static_cast<int>(packed & 0xffffffff) / 2, static_cast<int>(packed >> 32),
-          packed % 2 != 0};
+  return {static_cast<int>(packed & 0xffffffff) / 4, static_cast<int>(packed >> 32),
+          packed % 2 != 0, packed / 2 % 2 != 0};
 }
 
 struct LaunchShape {
   dim3 grid;
   int threads, shared_bytes, cluster;  // cluster: CTAs along x
-  bool dependent;  // may start while the kernel before it in the stream is at work
+  bool dependent;           // may start while the kernel before it in the stream is at work
+  int shared_percent = -1;  // of an SM's L1 cache that is to be shared memory; -1: CUDA decides
 };
 
 template <typename... Params, typename... Args>
@@ -71,7 +75,7 @@ cudaError_t launch_kernel(void (*kernel)(Params...), const LaunchShape& shape, v
       return error;
     }
   }
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[3];
   unsigned count = 0;
   if (shape.cluster > 1) {
     attributes[count].id = cudaLaunchAttributeClusterDimension;
@@ -85,6 +89,13 @@ cudaError_t launch_kernel(void (*kernel)(Params...), const LaunchShape& shape, v
     attributes[count].val.programmaticStreamSerializationAllowed = 1;
     ++count;
   }
+#if CUDART_VERSION >= 12080
+  if (shape.shared_percent >= 0 && device_properties().carveouts) {
+    attributes[count].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+    attributes[count].val.sharedMemCarveout = static_cast<unsigned>(shape.shared_percent);
+    ++count;
+  }
+#endif
   cudaLaunchConfig_t config{};
   config.gridDim = shape.grid;
   config.blockDim = dim3(shape.threads);

@@ -520,7 +520,7 @@ __device__ __forceinline__ void finish(const LinearDecodeParams& p,
   const int thread = threadIdx.x - Traits::kStreamThreads;
   const LinearShare share(p.out_features, Traits::kTiles);
   // The shrink has just read the same of the plan.
-  const int splits = 1 << read_split_shift(p.batch);
+  const int splits = p.batch.split_rules.parts(read_plan<true>(p.batch.header + kNumTiles));
   const int tiles = find_tiles<Traits>(p.batch, p.b_offsets, shared, thread);
   LinearExpand<T, Traits> expand(p, shared, tiles, share, thread);
   device::grid_dependency_wait();

@@ -43,13 +43,13 @@ void bind_plan(py::module_& m) {
 }
 
 void bind_apply(py::module_& m) {
-  py::class_<SplitLimits>(m, "SplitLimits")
-      .def("splits", [](const SplitLimits& limits, int tiles) { return 1 << limits.shift(tiles); })
-      .def("most_parts", &SplitLimits::most_parts, "capacity"_a);
+  py::class_<SplitRules>(m, "SplitRules")
+      .def("parts", &SplitRules::parts, "num_tiles"_a)
+      .def("all_parts", &SplitRules::all_parts, "capacity"_a);
   py::class_<ApplyConfig>(m, "ApplyConfig")
       .def_readonly("decode", &ApplyConfig::decode)
       .def_readonly("blocks", &ApplyConfig::blocks)
-      .def_readonly("split_limits", &ApplyConfig::split_limits)
+      .def_readonly("split_rules", &ApplyConfig::split_rules)
       .def_readonly("prefetch_features", &ApplyConfig::prefetch_features);
   m.def(
       "apply_config",
@@ -131,7 +131,7 @@ void bind_expand(py::module_& m) {
   m.def("expand_is_narrow", &expand_is_narrow, py::kw_only(), "num_tokens"_a, "num_slots"_a,
         "out_features"_a, "sm_count"_a);
   m.def("decode_stream_ctas", &decode_stream_ctas, py::kw_only(), "num_tokens"_a, "num_slots"_a,
-        "blocks"_a, "resident"_a, "sm_count"_a);
+        "blocks"_a, "max_rank"_a, "resident"_a, "sm_count"_a);
   m.def("expand_streams", &expand_streams, py::kw_only(), "num_tokens"_a, "max_rank"_a);
 }
 
