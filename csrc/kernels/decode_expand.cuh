@@ -2,6 +2,8 @@
 // another source of xa than a shrink: an embedding's gather.
 #pragma once
 
+#include <type_traits>
+
 #include "common/ptx.cuh"
 #include "common/vec.cuh"
 #include "kernels/decode_tile.cuh"
@@ -87,38 +89,51 @@ struct PartialProducts {
     device::grid_dependency_wait();
     scaling = read_plan<true>(scaling_at);
   }
-  // Four tokens, from `token` on, of rank `row`.
-  __device__ __forceinline__ float4 quad(int row, int token) const {
-    float4 sum = make_float4(0, 0, 0, 0);
-    const float* from = first + row * kTileTokens + token;
-    for (int left = splits; left > 0; left -= kBatch, from += kBatch * stride) {
-      if (left > 8) {
-        add<kBatch>(sum, from, left);
-      } else if (left > 4) {
-        add<8>(sum, from, left);
+  // Four tokens each, from `token` on, of kCount ranks.
+  template <int kCount>
+  __device__ __forceinline__ void quads(const int (&rows)[kCount], int token,
+                                        float4 (&sums)[kCount]) const {
+    constexpr int kMost = kBatch / kCount;
+    const float* from = first + token;
+    for (int left = splits; left > 0; left -= kMost, from += kMost * stride) {
+      if (kMost > 8 && left > 8) {
+        add<kMost>(rows, from, left, sums);
+      } else if (kMost > 4 && left > 4) {
+        add<8>(rows, from, left, sums);
       } else if (left > 1) {
-        add<4>(sum, from, left);
+        add<4>(rows, from, left, sums);
       } else {
-        add<1>(sum, from, left);
+        add<1>(rows, from, left, sums);
       }
     }
-    return make_float4(sum.x * scaling, sum.y * scaling, sum.z * scaling, sum.w * scaling);
-  }
-  // Up to kCount parts, all on their way at once. What is past the last one becomes 0 by a mask: a
-  // condition would make the compiler load it only then, behind all the others.
-  template <int kCount>
-  __device__ __forceinline__ void add(float4& sum, const float* from, int left) const {
-    float4 parts[kCount];
 #pragma unroll
-    for (int c = 0; c < kCount; ++c) {
-      parts[c] = __ldcg(reinterpret_cast<const float4*>(from + min(c, left - 1) * stride));
+    for (auto& sum : sums) {
+      sum = make_float4(sum.x * scaling, sum.y * scaling, sum.z * scaling, sum.w * scaling);
+    }
+  }
+  // Up to kParts parts, all on their way at once. What is past the last one becomes 0 by a mask: a
+  // condition would make the compiler load it only then, behind all the others.
+  template <int kParts, int kCount>
+  __device__ __forceinline__ void add(const int (&rows)[kCount], const float* from, int left,
+                                      float4 (&sums)[kCount]) const {
+    float4 parts[kParts][kCount];
+#pragma unroll
+    for (int c = 0; c < kParts; ++c) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        parts[c][i] = __ldcg(reinterpret_cast<const float4*>(from + min(c, left - 1) * stride +
+                                                             rows[i] * kTileTokens));
+      }
     }
 #pragma unroll
-    for (int c = 0; c < kCount; ++c) {
+    for (int c = 0; c < kParts; ++c) {
       const int mask = (c - left) >> 31;
       const auto kept = [&](float value) { return __int_as_float(__float_as_int(value) & mask); };
-      sum.x += kept(parts[c].x), sum.y += kept(parts[c].y);
-      sum.z += kept(parts[c].z), sum.w += kept(parts[c].w);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        sums[i].x += kept(parts[c][i].x), sums[i].y += kept(parts[c][i].y);
+        sums[i].z += kept(parts[c][i].z), sums[i].w += kept(parts[c][i].w);
+      }
     }
   }
 };
@@ -132,35 +147,62 @@ __device__ __forceinline__ void split_xa(const Source& xa, const DecodeTile& t, 
   // The first one, two or four of a tile's quads of tokens: what is left out ends in columns of the
   // product that nobody reads.
   const int quads_log = (t.count > 4) + (t.count > 8), quads = 1 << quads_log;
-  const auto quad = [&](int row, int token) {
-    return row < t.rank && token < t.count ? xa.quad(row, token) : make_float4(0, 0, 0, 0);
+  const int items = (t.rank + kSpan - 1) / kSpan * kSpan << quads_log;
+  // The sums of kCount items, kExpandThreads from each other, to use(row, token, sum).
+  const auto add_up = [&](auto count, int item, const auto& use) {
+    constexpr int kCount = decltype(count)::value;
+    const int token = (item & (quads - 1)) * 4;
+    int rows[kCount], existing[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      rows[i] = (item + i * kExpandThreads) >> quads_log;
+      existing[i] = min(rows[i], t.rank - 1);
+    }
+    float4 sums[kCount] = {};
+    if (token < t.count) {
+      xa.quads(existing, token, sums);
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      use(rows[i], token, rows[i] < t.rank ? sums[i] : make_float4(0, 0, 0, 0));
+    }
   };
   if constexpr (device::kNeedsScale<T>) {
     if (thread < kTileTokens) {
       token_max[thread] = 0;
     }
     __syncthreads();
-    for (int i = thread; i < t.rank << quads_log; i += kExpandThreads) {
-      const int token = (i & (quads - 1)) * 4;
-      const float4 sum = quad(i >> quads_log, token);
-      const float values[4] = {sum.x, sum.y, sum.z, sum.w};
+    for (int i = thread; i < items; i += kExpandThreads) {
+      add_up(std::integral_constant<int, 1>{}, i, [&](int, int token, const float4& sum) {
+        const float values[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        atomicMax(token_max + token + e, __float_as_int(fabsf(values[e])));
-      }
+        for (int e = 0; e < 4; ++e) {
+          atomicMax(token_max + token + e, __float_as_int(fabsf(values[e])));
+        }
+      });
     }
     __syncthreads();
   }
-  const int padded = (t.rank + kSpan - 1) / kSpan * kSpan;
-  for (int i = thread; i < padded << quads_log; i += kExpandThreads) {
-    const int row = i >> quads_log, token = (i & (quads - 1)) * 4;
-    const float4 sum = quad(row, token);
+  const auto store = [&](int row, int token, const float4& sum) {
     const float values[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const float scale = device::kNeedsScale<T> ? device::scale_down(token_max[token + e]) : 1.0f;
       device::split(values[e] * scale, high[(token + e) * stride + row],
                     low[(token + e) * stride + row]);
+    }
+  };
+  if constexpr (kSpan == 16) {  // ranks up to 16: no thread has two items
+    if (thread < items) {
+      add_up(std::integral_constant<int, 1>{}, thread, store);
+    }
+  } else {
+    for (int i = thread; i < items; i += 2 * kExpandThreads) {
+      if (i + kExpandThreads < items) {
+        add_up(std::integral_constant<int, 2>{}, i, store);
+      } else {
+        add_up(std::integral_constant<int, 1>{}, i, store);
+      }
     }
   }
   __syncthreads();

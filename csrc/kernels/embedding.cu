@@ -127,11 +127,17 @@ struct GatheredColumns {
     __syncthreads();
     values = room, stride = room_stride;
   }
-  __device__ __forceinline__ float4 quad(int row, int token) const {
-    const T* from = values + token * stride + row;
-    return make_float4(
-        scaling * device::to_float(from[0]), scaling * device::to_float(from[stride]),
-        scaling * device::to_float(from[2 * stride]), scaling * device::to_float(from[3 * stride]));
+  template <int kCount>
+  __device__ __forceinline__ void quads(const int (&rows)[kCount], int token,
+                                        float4 (&sums)[kCount]) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const T* from = values + token * stride + rows[i];
+      sums[i] =
+          make_float4(scaling * device::to_float(from[0]), scaling * device::to_float(from[stride]),
+                      scaling * device::to_float(from[2 * stride]),
+                      scaling * device::to_float(from[3 * stride]));
+    }
   }
 };
 
