@@ -149,7 +149,7 @@ def test_one_stream_of_weights_serves_few_tokens(
         )
 
 
-@pytest.mark.parametrize("without", ["half", "dependent", "vector"])
+@pytest.mark.parametrize("without", ["half", "capable", "vector"])
 def test_one_stream_of_weights_has_conditions(without: str) -> None:
     size = {"num_tokens": 8, "in_features": 4096, "out_features": 6144}
     size |= {"num_slices": 3, "max_rank": 64}

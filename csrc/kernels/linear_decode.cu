@@ -19,7 +19,8 @@ LinearConfig config_of(const LinearParams& p) {
   shape.max_rank = p.apply.max_rank;
   shape.sm_count = device.sm_count;
   shape.half = p.apply.dtype == DType::kFloat16 || p.apply.dtype == DType::kBFloat16;
-  shape.dependent = device.clusters;  // both came with sm_90
+  // Both came with sm_90.
+  shape.capable = device.clusters && device.shared_bytes >= kLinearSharedBytes;
   // Rows are 32-bit distances in the kernel.
   constexpr int64_t kMostStride = 1 << 27;
   shape.vector = is_multiple(p.apply.x, p.apply.x_stride, 8, 16) &&

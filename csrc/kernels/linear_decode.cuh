@@ -39,8 +39,10 @@ struct alignas(64) LinearDecodeParams {
 // row of B, 2, 4 or 8, 8 ranks each.
 template <int kTiles_, int kBlocks_, int kLanes_, int kRingBytes, int kRingBytesB>
 struct LinearDecodeTraits {
-  static constexpr int kLanes = kLanes_, kChunksB = kLanes / 2;  // chunks: that a lane copies of B
-  static constexpr int kRanks = 8 * kLanes;                      // of a step
+  static constexpr int kLanes = kLanes_, kRanks = 8 * kLanes;  // ranks: of a step
+  static constexpr int kChunksB = 4;                           // that a lane copies of B for a step
+  static constexpr int kRowChunks = kLanes / 2;                // of them for 16 rows of one adapter
+  static constexpr int kGroup = kChunksB / kRowChunks;         // tiles of the plan in a step
   static constexpr int kStagesB = kRingBytesB / (kChunksB * kFinishThreads * 16);
   static constexpr int kTiles = kTiles_, kBlocks = kBlocks_, kTokens = 8 * kBlocks;
   static constexpr int kWarps = 4, kStreamThreads = 32 * kWarps;  // of the stream
@@ -59,9 +61,12 @@ struct LinearDecodeTraits {
     unsigned char ring_b[kStagesB][kChunksB][kFinishThreads][16];
     float sums[kBuffers][kTiles][kWarps][kTokens][kSumStride];
     float delta[kTokens][kRows];
-    int place[kTokens];        // of each token in the tiles, tile * 16 + entry; -1: no adapter
-    int64_t start_b[kTokens];  // of each tile: where B starts in a flat buffer
-    int slot[kTokens], rank[kTokens], count[kTokens], token[kTokens][kTileTokens];
+    int place[kTokens];  // of each token: tile * 16 + entry; -1: no adapter
+    // Of each tile of the plan that has a rank; behind the last one, rank and count are 0.
+    int64_t start_b[kTokens];  // where B starts in a flat buffer
+    int number[kTokens], slot[kTokens], rank[kTokens], first[kTokens], count[kTokens];
+    int token[kTokens][kTileTokens];
+    int tiles;
     float xa[1];  // [kTokens][slice][ranks, up to a multiple of 8]
   };
   static constexpr int shared_bytes(int xa_stride) {
@@ -85,34 +90,51 @@ struct LinearShare {
   __device__ __forceinline__ int tile(int pass) const { return first + count * pass / passes; }
 };
 
-// The tiles of the plan, to shared memory; how many there are.
+// The tiles of the plan that have a rank, to shared memory.
 template <typename Traits>
-__device__ __forceinline__ int find_tiles(const DecodeBatch& p, const int64_t* b_offsets,
-                                          typename Traits::Shared& shared, int thread) {
-  const int tiles = min(__ldcg(p.header + kNumTiles), p.tile_capacity);
-  if (thread < Traits::kTokens) {
-    shared.place[thread] = -1;
+__device__ __forceinline__ void find_tiles(const DecodeBatch& p, const int64_t* b_offsets,
+                                           typename Traits::Shared& shared, int thread) {
+  static_assert(Traits::kTokens <= 32);
+  if (thread < 32) {  // a tile each
+    const int at = min(thread, p.tile_capacity - 1);
+    const int4 raw = __ldcg(reinterpret_cast<const int4*>(p.tiles + at));
+    const bool exists = thread < p.tile_capacity && raw.x >= 0;
+    const int rank = exists ? min(__ldcg(p.ranks + raw.x), p.max_rank) : 0;
+    const int64_t start = exists && b_offsets != nullptr ? __ldg(b_offsets + raw.x) : 0;
+    const unsigned busy = __ballot_sync(0xffffffffu, rank > 0);
+    const int tiles = __popc(busy);
+    // Those without a rank go behind the others.
+    const unsigned before = (1u << thread) - 1;
+    const int to = rank > 0 ? __popc(busy & before) : tiles + __popc(~busy & before);
+    if (to < Traits::kTokens) {
+      shared.number[to] = thread;
+      shared.slot[to] = rank > 0 ? raw.x : 0;
+      shared.rank[to] = max(rank, 0);
+      shared.first[to] = raw.y;
+      shared.count[to] = rank > 0 ? raw.z : 0;
+      shared.start_b[to] = start;
+    }
+    if (thread < Traits::kTokens) {
+      shared.place[thread] = -1;
+    }
+    if (thread == 0) {
+      shared.tiles = tiles;
+    }
   }
   device::cta_barrier_sync(kFinishers, kFinishThreads);
-  for (int i = thread; i < tiles * kTileTokens; i += kFinishThreads) {
+  for (int i = thread; i < shared.tiles * kTileTokens; i += kFinishThreads) {
     const int tile = i / kTileTokens, entry = i % kTileTokens;
-    const int4 raw = __ldcg(reinterpret_cast<const int4*>(p.tiles + tile));
-    const int rank = raw.x >= 0 ? min(__ldcg(p.ranks + raw.x), p.max_rank) : 0;
-    int token = entry < raw.z && rank > 0 ? __ldcg(p.permutation + raw.y + entry) : -1;
-    token = token < p.num_tokens ? token : -1;
+    int token = -1;
+    if (entry < shared.count[tile]) {
+      token = __ldcg(p.permutation + shared.first[tile] + entry);
+      token = token < p.num_tokens ? token : -1;
+    }
     shared.token[tile][entry] = token;
     if (token >= 0) {
       shared.place[token] = i;
     }
-    if (entry == 0) {
-      shared.slot[tile] = raw.x;
-      shared.rank[tile] = rank;
-      shared.start_b[tile] = rank > 0 && b_offsets != nullptr ? __ldg(b_offsets + raw.x) : 0;
-      shared.count[tile] = raw.z;
-    }
   }
   device::cta_barrier_sync(kFinishers, kFinishThreads);
-  return tiles;
 }
 
 // xa of the slices that rows [first_row, end_row) of W belong to, from the parts of the shrink;
@@ -140,8 +162,8 @@ __device__ __forceinline__ void add_up_xa(const LinearDecodeParams& p,
         const int place = at < values ? shared.place[token] : -1,
                   tile = max(place, 0) / kTileTokens;
         const int rank = place >= 0 ? shared.rank[tile] : 0;
-        from[u] = batch.partial + tile * splits * stride + (slice * rank + j) * kTileTokens +
-                  place % kTileTokens;
+        from[u] = batch.partial + shared.number[tile] * splits * stride +
+                  (slice * rank + j) * kTileTokens + place % kTileTokens;
         from[u] = j < rank ? from[u] : nullptr;
         scaling[u] = j < rank ? __ldcg(batch.scalings + shared.slot[tile]) : 0.0f;
       }
@@ -177,87 +199,80 @@ __device__ __forceinline__ void add_up_xa(const LinearDecodeParams& p,
   device::cta_barrier_sync(kFinishers, kFinishThreads);
 }
 
-// A walk over what a CTA needs of B: for each block of 16 rows of W, each slice in it and each tile
-// of the plan an item, in turn for each warp, and of an item steps of Traits::kRanks.
+// A walk over what a CTA needs of B: for each block of 16 rows of W and each slice in it, groups of
+// tiles, in turn for each warp, and of a group steps of Traits::kRanks.
 template <typename Traits>
 struct LinearWalk {
   const LinearDecodeParams& p;
-  const typename Traits::Shared& shared;
-  int tiles, end_block;
-  int block, slice, tile, rank, first;
+  int groups, end_block;
+  int block, slice, begin, end;  // begin, end: rows of the slice in the block
+  int group, first;
 
-  __device__ __forceinline__ LinearWalk(const LinearDecodeParams& p_,
-                                        const typename Traits::Shared& shared_, int tiles_,
+  __device__ __forceinline__ LinearWalk(const LinearDecodeParams& p_, int tiles,
                                         const LinearShare& share, int warp)
       : p(p_),
-        shared(shared_),
-        tiles(tiles_),
-        end_block(tiles_ > 0 ? share.first + share.count : share.first),
-        block(share.first - 1),
-        slice(p_.batch.num_slices),
-        tile(tiles_),
-        rank(0),
+        groups((tiles + Traits::kGroup - 1) / Traits::kGroup),
+        end_block(share.first + share.count),
+        block(groups > 0 ? share.first : end_block),
+        slice(-1),
+        group(warp),
         first(0) {
-    for (int i = 0; i <= warp; ++i) {
-      next_item();
-    }
+    next_slice();
+    skip();
   }
   __device__ __forceinline__ bool done() const { return block >= end_block; }
-  // Rows of the slice in this block.
-  __device__ __forceinline__ int begin() const {
-    return max(p.slices[slice].first_column, 16 * block);
-  }
-  __device__ __forceinline__ int end() const {
-    return min(p.slices[slice].end_column, 16 * block + 16);
-  }
   __device__ __forceinline__ void next() {
     first += Traits::kRanks;
-    if (first >= rank) {
-      for (int i = 0; i < kFinishThreads / 32; ++i) {
-        next_item();
-      }
+    if (first >= p.batch.max_rank) {
+      first = 0;
+      group += kFinishThreads / 32;
+      skip();
     }
   }
 
  private:
-  __device__ __forceinline__ void next_item() {
-    first = 0;
-    while (block < end_block) {
-      while (++tile < tiles) {
-        rank = shared.rank[tile];
-        if (rank > 0) {
-          return;
-        }
+  __device__ __forceinline__ void skip() {
+    while (group >= groups && !done()) {
+      group -= groups;
+      next_slice();
+    }
+  }
+  __device__ __forceinline__ void next_slice() {
+    while (!done()) {
+      if (++slice >= p.batch.num_slices) {
+        slice = 0;
+        ++block;
       }
-      tile = -1;
-      do {
-        if (++slice >= p.batch.num_slices) {
-          slice = 0;
-          if (++block >= end_block) {
-            return;
-          }
-        }
-      } while (begin() >= end());
+      begin = max(p.slices[slice].first_column, 16 * block);
+      end = min(p.slices[slice].end_column, 16 * block + 16);
+      if (begin < end) {
+        return;
+      }
     }
   }
 };
 
 // What the adapters add to W's rows of a pass, step by step, with the copies of B some steps ahead
-// and across the passes, like those of W.
+// and across the passes, like those of W. A lane has four chunks of 8 ranks: chunk i is of tile
+// i / kRowChunks of the group, and of row i % kRowChunks of those that its place among the lanes
+// says.
 template <typename T, typename Traits>
 struct LinearExpand {
+  static constexpr int kChunks = Traits::kChunksB, kRowChunks = Traits::kRowChunks;
+  static constexpr int kGroup = Traits::kGroup, kRowStep = 32 / Traits::kLanes;
+
   const LinearDecodeParams& p;
   typename Traits::Shared& shared;
   int thread, fill = 0, use = 0;
   LinearWalk<Traits> ahead, now;
 
   __device__ __forceinline__ LinearExpand(const LinearDecodeParams& p_,
-                                          typename Traits::Shared& shared_, int tiles,
+                                          typename Traits::Shared& shared_,
                                           const LinearShare& share, int thread_)
       : p(p_),
         shared(shared_),
         thread(thread_),
-        ahead(p_, shared_, tiles, share, thread_ / 32),
+        ahead(p_, shared_.tiles, share, thread_ / 32),
         now(ahead) {
     for (int i = 0; i < Traits::kStagesB - 1; ++i) {
       copy();
@@ -269,17 +284,15 @@ struct LinearExpand {
       const auto& from = p.slices[ahead.slice];
       const bool flat = p.b_offsets != nullptr;
       const int rank_lane = ahead.first + thread % Traits::kLanes * 8;
-      const int valid = min(max(ahead.rank - rank_lane, 0), 8);
-      const int64_t stride = flat ? ahead.rank : from.row_stride;
-      const int begin = ahead.begin(), end = ahead.end();
-      int row = 16 * ahead.block + thread % 32 / Traits::kLanes;
-      const T* b =
-          static_cast<const T*>(from.b) + rank_lane +
-          (flat ? shared.start_b[ahead.tile] : shared.slot[ahead.tile] * from.slot_stride) +
-          (from.first_row + row - from.first_column) * stride;
 #pragma unroll
-      for (int i = 0; i < Traits::kChunksB; ++i) {
-        const int count = row >= begin && row < end ? valid : 0;
+      for (int i = 0; i < kChunks; ++i) {
+        const int tile = ahead.group * kGroup + i / kRowChunks, rank = shared.rank[tile];
+        const int row = 16 * ahead.block + i % kRowChunks * kRowStep + thread % 32 / Traits::kLanes;
+        const int valid = row >= ahead.begin && row < ahead.end ? rank - rank_lane : 0;
+        const int count = min(max(valid, 0), 8);
+        const int64_t start = flat ? shared.start_b[tile] : shared.slot[tile] * from.slot_stride;
+        const T* b = static_cast<const T*>(from.b) + start + rank_lane +
+                     (from.first_row + row - from.first_column) * (flat ? rank : from.row_stride);
         void* to = shared.ring_b[fill][i][thread];
         if (device::is_aligned(b, 16)) {
           device::copy_async_16<true>(to, b, 2 * count);
@@ -288,8 +301,6 @@ struct LinearExpand {
           device::load_scalars(chunk, b, count);
           *static_cast<device::Chunk<T, 8>*>(to) = chunk;
         }
-        row += 32 / Traits::kLanes;
-        b += 32 / Traits::kLanes * stride;
       }
       ahead.next();
     }
@@ -304,54 +315,71 @@ struct LinearExpand {
     while (!now.done() && now.block < end_block) {
       copy();
       device::copy_async_wait<Traits::kStagesB - 1>();
-      const bool active = now.first + 8 * lane < now.rank;
-      device::Chunk<T, 8> chunks[Traits::kChunksB];
+      device::Chunk<T, 8> chunks[kChunks];
 #pragma unroll
-      for (int i = 0; i < Traits::kChunksB; ++i) {
+      for (int i = 0; i < kChunks; ++i) {
         chunks[i] = *reinterpret_cast<const device::Chunk<T, 8>*>(shared.ring_b[use][i][thread]);
       }
       // Of the row that this lane has the sum of in the end.
-      const int row =
-          16 * now.block + lane / 2 * (32 / Traits::kLanes) + thread % 32 / Traits::kLanes;
-      const bool has_row = lane % 2 == 0 && row >= now.begin() && row < now.end();
-      const int count = shared.count[now.tile];
+      const int row = 16 * now.block + lane / 2 * kRowStep + thread % 32 / Traits::kLanes;
+      const bool has_row = lane % 2 == 0 && row >= now.begin && row < now.end;
+      float* const delta = &shared.delta[0][row - 16 * first_block];
+      const float* const xa = shared.xa + now.slice * ranks + now.first + 8 * lane;
+      int count[kGroup], most = 0;
+      bool active[kGroup];
+#pragma unroll
+      for (int t = 0; t < kGroup; ++t) {
+        const int tile = now.group * kGroup + t;
+        count[t] = shared.count[tile];
+        active[t] = now.first + 8 * lane < shared.rank[tile];
+        most = max(most, count[t]);
+      }
+      // The tiles' tokens side by side, so that they need not wait for each other.
 #pragma unroll 1
-      for (int entry = 0; entry < count; ++entry) {
-        const int token = shared.token[now.tile][entry];
-        if (token < 0) {
-          continue;
+      for (int entry = 0; entry < most; ++entry) {
+        int token[kGroup];
+        float sums[kChunks] = {};
+#pragma unroll
+        for (int t = 0; t < kGroup; ++t) {
+          token[t] = entry < count[t] ? shared.token[now.group * kGroup + t][entry] : -1;
         }
-        float sums[Traits::kChunksB] = {};
-        if (active) {
-          const float* xa =
-              shared.xa + (token * p.batch.num_slices + now.slice) * ranks + now.first + 8 * lane;
 #pragma unroll
-          for (int j = 0; j < 8; j += 4) {
-            const float4 values = *reinterpret_cast<const float4*>(xa + j);
+        for (int t = 0; t < kGroup; ++t) {
+          if (token[t] >= 0 && active[t]) {
+            const float* values_of = xa + token[t] * p.batch.num_slices * ranks;
 #pragma unroll
-            for (int i = 0; i < Traits::kChunksB; ++i) {
-              const uint32_t low = chunks[i].words[j / 2], high = chunks[i].words[j / 2 + 1];
-              sums[i] += values.x * device::unpack<T>(low, 0);
-              sums[i] += values.y * device::unpack<T>(low, 1);
-              sums[i] += values.z * device::unpack<T>(high, 0);
-              sums[i] += values.w * device::unpack<T>(high, 1);
+            for (int j = 0; j < 8; j += 4) {
+              const float4 values = *reinterpret_cast<const float4*>(values_of + j);
+#pragma unroll
+              for (int i = t * kRowChunks; i < (t + 1) * kRowChunks; ++i) {
+                const uint32_t low = chunks[i].words[j / 2], high = chunks[i].words[j / 2 + 1];
+                sums[i] += values.x * device::unpack<T>(low, 0);
+                sums[i] += values.y * device::unpack<T>(low, 1);
+                sums[i] += values.z * device::unpack<T>(high, 0);
+                sums[i] += values.w * device::unpack<T>(high, 1);
+              }
             }
           }
         }
-        // Over the lanes of a row, each two of which are left with a sum.
+        // Over the lanes of a row, each two of which are left with a sum for each tile.
 #pragma unroll
-        for (int half = Traits::kChunksB / 2; half > 0; half /= 2) {
+        for (int half = kRowChunks / 2; half > 0; half /= 2) {
           const bool upper = lane & 2 * half;
 #pragma unroll
-          for (int i = 0; i < half; ++i) {
-            const float kept = upper ? sums[half + i] : sums[i];
-            const float given = upper ? sums[i] : sums[half + i];
-            sums[i] = kept + __shfl_xor_sync(0xffffffffu, given, 2 * half);
+          for (int i = 0; i < kGroup * half; ++i) {
+            const int low = i / half * kRowChunks + i % half, high = low + half;
+            const float kept = upper ? sums[high] : sums[low];
+            const float given = upper ? sums[low] : sums[high];
+            sums[low] = kept + __shfl_xor_sync(0xffffffffu, given, 2 * half);
           }
         }
-        const float sum = sums[0] + __shfl_xor_sync(0xffffffffu, sums[0], 1);
-        if (has_row) {
-          shared.delta[token][row - 16 * first_block] += sum;
+#pragma unroll
+        for (int t = 0; t < kGroup; ++t) {
+          const float own = sums[t * kRowChunks];
+          const float sum = own + __shfl_xor_sync(0xffffffffu, own, 1);
+          if (has_row && token[t] >= 0) {
+            delta[token[t] * Traits::kRows] += sum;
+          }
         }
       }
       use = use + 1 < Traits::kStagesB ? use + 1 : 0;
@@ -521,10 +549,10 @@ __device__ __forceinline__ void finish(const LinearDecodeParams& p,
   const LinearShare share(p.out_features, Traits::kTiles);
   // The shrink has just read the same of the plan.
   const int splits = p.batch.split_rules.parts(read_plan<true>(p.batch.header + kNumTiles));
-  const int tiles = find_tiles<Traits>(p.batch, p.b_offsets, shared, thread);
-  LinearExpand<T, Traits> expand(p, shared, tiles, share, thread);
+  find_tiles<Traits>(p.batch, p.b_offsets, shared, thread);
+  LinearExpand<T, Traits> expand(p, shared, share, thread);
   device::grid_dependency_wait();
-  if (tiles > 0) {
+  if (shared.tiles > 0) {
     add_up_xa<Traits>(p, shared, 16 * share.first, 16 * (share.first + share.count), splits,
                       thread);
   }

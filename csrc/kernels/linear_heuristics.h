@@ -13,7 +13,8 @@ struct LinearShape {
   int64_t num_tokens, in_features, out_features;
   int num_slices, max_rank, sm_count;
   bool half;             // x, W and the adapters have 16 bits
-  bool dependent;        // the chip starts a kernel while the one before is at work
+  bool capable;          // the chip starts a kernel while the one before is at work, and an SM has
+                         // shared memory enough
   bool vector;           // rows of x and W allow 16-byte copies
   bool batch_invariant;  // the choice must not depend on the batch
 };
@@ -27,6 +28,8 @@ struct LinearConfig {
 // With more tokens x, which every CTA reads from L2, is as much as its share of W: 32 tokens take
 // 146 us a layer where cuBLAS takes 120.
 constexpr int64_t kLinearMaxTokens = 16;
+// Of an SM; what a CTA takes of it leaves room for a shrink, but where xa is large.
+constexpr int kLinearSharedBytes = 228 * 1024;
 // Values of xa of all tokens, fp32, in shared memory.
 constexpr int64_t kLinearMostXa = 8192;
 
@@ -35,7 +38,7 @@ LORA_EXT_HOST_DEVICE inline int xa_slice(int max_rank) { return (max_rank + 7) /
 
 inline LinearConfig linear_config(const LinearShape& s) {
   const int blocks = s.num_tokens <= 8 ? 1 : 2;
-  if (!s.half || !s.dependent || !s.vector || s.batch_invariant || s.num_tokens < 1 ||
+  if (!s.half || !s.capable || !s.vector || s.batch_invariant || s.num_tokens < 1 ||
       s.num_tokens > kLinearMaxTokens || s.in_features < 1 || s.out_features < 1 ||
       int64_t{8} * blocks * s.num_slices * xa_slice(s.max_rank) > kLinearMostXa) {
     return {};

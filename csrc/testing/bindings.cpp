@@ -70,12 +70,12 @@ void bind_linear(py::module_& m) {
   m.def(
       "linear_config",
       [](int64_t num_tokens, int64_t in_features, int64_t out_features, int num_slices,
-         int max_rank, int sm_count, bool half, bool dependent, bool vector, bool batch_invariant) {
+         int max_rank, int sm_count, bool half, bool capable, bool vector, bool batch_invariant) {
         return linear_config({num_tokens, in_features, out_features, num_slices, max_rank, sm_count,
-                              half, dependent, vector, batch_invariant});
+                              half, capable, vector, batch_invariant});
       },
       py::kw_only(), "num_tokens"_a, "in_features"_a, "out_features"_a, "num_slices"_a,
-      "max_rank"_a, "sm_count"_a = 132, "half"_a = true, "dependent"_a = true, "vector"_a = true,
+      "max_rank"_a, "sm_count"_a = 132, "half"_a = true, "capable"_a = true, "vector"_a = true,
       "batch_invariant"_a = false);
 }
 
