@@ -31,7 +31,7 @@ LinearConfig config_of(const LinearParams& p) {
 }
 
 // More than half an SM's shared memory, so that two CTAs never share one while others idle.
-constexpr int kRingBytes = 110 * 1024, kRingBytesB = 48 * 1024;
+constexpr int kRingBytes = 110 * 1024, kRingBytesB = 32 * 1024;
 
 template <typename T, int kTiles, int kBlocks, int kLanes>
 cudaError_t launch_linear(const LinearParams& p, const LinearConfig& config) {
