@@ -1,125 +1,17 @@
 // y += xa B^T for tiles of pairs of one (slot, expert): what moves is B, and y read and written.
 //
-// A warp serves one tile and 64 columns of one slice and needs no other warp, so there is no
-// barrier. The weights are the 16-row operand of the mma, eight pairs at a time its columns. Row m
-// of its 16 stands for column 8 g + i of the unit, so that a lane's results of the four row blocks
-// are eight neighbours in y, and 16 bytes; a lane holds neighbouring ranks of B, as loaded, and the
-// same ranks of xa, split into two 16-bit halves. B up to kHeld steps of ranks comes by
+// Two kernels, the same products in the same order. With few pairs in a batch, here: a warp serves
+// one tile and one unit of columns, and needs no other warp, so there is no barrier. B comes by
 // asynchronous copies to shared memory, where the same lane reads it for every eight pairs: on its
 // way it takes no registers, and no cache either, which the shrink beside it leaves little of. The
-// next eight rows of y and of xa are on their way meanwhile. B and the first rows of y are asked
-// for before the wait for the shrink.
-#include "common/ptx.cuh"
-#include "common/vec.cuh"
-#include "kernels/moe_apply.h"
+// next eight rows of y and of xa are on their way meanwhile. With many pairs: moe_expand_many.cuh.
+// In both, B and the first rows of y are asked for before the wait for the shrink.
+#include "kernels/moe_expand_many.cuh"
 
 namespace lora_ext::cuda {
 namespace {
 
-constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kUnitColumns = 64;
 constexpr int kRound = 8;  // pairs at a time
-
-struct ExpandSlice {
-  const void* b;
-  int64_t slot_stride, expert_stride, row_stride;
-  int64_t first_row, column_start;
-  int32_t width, units;
-};
-struct alignas(64) ExpandParams {
-  MoeRouting routing;
-  const int32_t* ranks;
-  const float* xa;
-  void* y;
-  int64_t y_stride, column_stride, xa_row_stride, xa_plane;
-  int32_t num_slots, num_experts, num_pairs, max_rank, splits, xa_rank_stride, num_slices;
-  ExpandSlice slices[kMaxSlices];
-};
-
-// Ranks j and following of one row of B, those from `rank` on 0.
-template <typename T, int kChunk, bool kVector>
-__device__ __forceinline__ void load_ranks(device::Chunk<T, kChunk>& chunk, const T* row, int j,
-                                           int rank, bool exists) {
-  const int valid = exists ? min(max(rank - j, 0), kChunk) : 0;
-  if (kVector && (valid == kChunk || valid == 0)) {
-    device::load_vector(chunk, row + j, valid != 0);
-  } else {
-    device::load_scalars(chunk, row + j, valid);
-  }
-}
-
-// Ranks j and following of one row of the intermediate, those from `rank` on 0.
-template <int kChunk>
-__device__ __forceinline__ void load_xa(float (&values)[kChunk], const ExpandParams& p,
-                                        const float* row, int j, int rank) {
-#pragma unroll
-  for (int quad = 0; quad < kChunk; quad += 4) {
-    float4 sum = make_float4(0, 0, 0, 0);
-    if (j + quad < rank) {
-      const float* from = row + j + quad;
-#pragma unroll 4
-      for (int split = 0; split < p.splits; ++split, from += p.xa_plane) {
-        const float4 part = *reinterpret_cast<const float4*>(from);
-        sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
-      }
-    }
-    const float parts[4] = {sum.x, sum.y, sum.z, sum.w};
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      values[quad + e] = j + quad + e < rank ? parts[e] : 0.0f;
-    }
-  }
-}
-
-template <typename T, int kChunk>
-__device__ __forceinline__ void multiply(float (&acc)[4][4],
-                                         const device::Chunk<T, kChunk> (&weights)[8],
-                                         const float (&values)[kChunk], float scale) {
-  device::Chunk<T, kChunk> high, low;
-#pragma unroll
-  for (int w = 0; w < kChunk / 2; ++w) {
-    device::split_two<T>(values[2 * w] * scale, values[2 * w + 1] * scale, high.words[w],
-                         low.words[w]);
-  }
-#pragma unroll
-  for (int w = 0; w < kChunk / 2; w += 2) {
-#pragma unroll
-    for (int block = 0; block < 4; ++block) {
-      const auto& a = weights[2 * block];
-      const auto& b = weights[2 * block + 1];
-      device::mma<T>(acc[block], a.words[w], b.words[w], a.words[w + 1], b.words[w + 1],
-                     high.words[w], high.words[w + 1]);
-    }
-#pragma unroll
-    for (int block = 0; block < 4; ++block) {
-      const auto& a = weights[2 * block];
-      const auto& b = weights[2 * block + 1];
-      device::mma<T>(acc[block], a.words[w], b.words[w], a.words[w + 1], b.words[w + 1],
-                     low.words[w], low.words[w + 1]);
-    }
-  }
-}
-
-// A lane's 2 * kChunk bytes in shared memory, by one access.
-template <typename T>
-__device__ __forceinline__ void read_chunk(device::Chunk<T, 4>& chunk, const unsigned char* from) {
-  const uint2 raw = *reinterpret_cast<const uint2*>(from);
-  chunk.words[0] = raw.x, chunk.words[1] = raw.y;
-}
-template <typename T>
-__device__ __forceinline__ void read_chunk(device::Chunk<T, 8>& chunk, const unsigned char* from) {
-  const uint4 raw = *reinterpret_cast<const uint4*>(from);
-  chunk.words[0] = raw.x, chunk.words[1] = raw.y, chunk.words[2] = raw.z, chunk.words[3] = raw.w;
-}
-template <typename T>
-__device__ __forceinline__ void write_chunk(unsigned char* to, const device::Chunk<T, 4>& chunk) {
-  *reinterpret_cast<uint2*>(to) = make_uint2(chunk.words[0], chunk.words[1]);
-}
-template <typename T>
-__device__ __forceinline__ void write_chunk(unsigned char* to, const device::Chunk<T, 8>& chunk) {
-  *reinterpret_cast<uint4*>(to) =
-      make_uint4(chunk.words[0], chunk.words[1], chunk.words[2], chunk.words[3]);
-}
 
 // Of a block: kHeld steps of eight columns for each lane.
 template <int kChunk, int kHeld>
@@ -138,7 +30,7 @@ constexpr int expand_min_blocks() {
 // has more ranks than are held; else the others' weights are read again for every eight pairs.
 template <typename T, typename Y, int kChunk, int kHeld, bool kAll, bool kVector>
 __global__ void __launch_bounds__(kMoeThreads, (expand_min_blocks<T, Y, kChunk, kAll>()))
-    moe_expand_kernel(const __grid_constant__ ExpandParams p) {
+    moe_expand_kernel(const __grid_constant__ MoeExpandParams p) {
   constexpr int kSpan = 4 * kChunk, kSlotBytes = kMoeThreads * kChunk * 2;
   extern __shared__ __align__(1024) unsigned char copies[];
   unsigned char* const own = copies + threadIdx.x * kChunk * 2;  // [step][column][thread]
@@ -151,7 +43,7 @@ __global__ void __launch_bounds__(kMoeThreads, (expand_min_blocks<T, Y, kChunk, 
     return;
   }
   device::grid_dependency_launch();
-  const ExpandSlice& s = p.slices[slice];
+  const MoeExpandSlice& s = p.slices[slice];
   const int column = unit * kUnitColumns + 8 * g, width = s.width;
   const int64_t y_stride = p.y_stride, column_stride = kVector ? 1 : p.column_stride;
   Y* y = static_cast<Y*>(p.y) + s.column_start + column * column_stride;
@@ -185,13 +77,8 @@ __global__ void __launch_bounds__(kMoeThreads, (expand_min_blocks<T, Y, kChunk, 
         const int j = step * kSpan + q * kChunk, valid = min(max(rank - j, 0), kChunk);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          unsigned char* to = own + (8 * step + i) * kSlotBytes;
-          const int bytes = column + i < width ? 2 * valid : 0;
-          if constexpr (kChunk == 8) {
-            device::copy_async_16(to, b + i * row_stride + j, bytes);
-          } else {
-            device::copy_async_8<true>(to, b + i * row_stride + j, bytes);
-          }
+          copy_ranks<kChunk>(own + (8 * step + i) * kSlotBytes, b + i * row_stride + j,
+                             column + i < width ? valid : 0);
         }
       } else {
         device::Chunk<T, kChunk> weights[8];
@@ -228,8 +115,6 @@ __global__ void __launch_bounds__(kMoeThreads, (expand_min_blocks<T, Y, kChunk, 
     load_y(0);
     device::grid_dependency_wait();
 
-    device::copy_async_wait<0>();
-
     const int rounds = (tile.count + kRound - 1) / kRound;
     struct {
       const float* row;
@@ -238,15 +123,12 @@ __global__ void __launch_bounds__(kMoeThreads, (expand_min_blocks<T, Y, kChunk, 
     } next_xa, xa;
     const auto load_next_xa = [&](int round) {
       const int pair = pair_of(round, g);
-      next_xa.row = p.xa + max(pair, 0) * p.xa_row_stride + slice * p.xa_rank_stride;
+      next_xa.row = pair >= 0 ? p.xa + pair * p.xa_row_stride + slice * p.xa_rank_stride : nullptr;
       next_xa.rank = pair >= 0 ? rank : 0;
-#pragma unroll
-      for (int step = 0; step < kHeld; ++step) {
-        load_xa<kChunk>(next_xa.values[step], p, next_xa.row, step * kSpan + q * kChunk,
-                        next_xa.rank);
-      }
+      load_held<1, kChunk, kHeld, 4>(&next_xa.values, p, &next_xa.row, q * kChunk, rank);
     };
     load_next_xa(0);
+    device::copy_async_wait<0>();
     for (int round = 0; round < rounds; ++round) {
       xa = next_xa;
       device::Outputs<Y> outputs[2] = {next[0], next[1]};
@@ -277,7 +159,9 @@ __global__ void __launch_bounds__(kMoeThreads, (expand_min_blocks<T, Y, kChunk, 
           for (int i = 0; i < 8; ++i) {
             read_chunk(weights[i], own + (8 * step + i) * kSlotBytes);
           }
-          multiply<T, kChunk>(acc, weights, xa.values[step], scale);
+          SplitChunk<T, kChunk> split;
+          split.set(xa.values[step], scale);
+          multiply<T, kChunk, 4>(acc, weights, split);
         }
       }
       for (int j = kHeld * kSpan; !kAll && j < rank; j += kSpan) {
@@ -285,7 +169,9 @@ __global__ void __launch_bounds__(kMoeThreads, (expand_min_blocks<T, Y, kChunk, 
         float part[kChunk];
         load_weights(more, j);
         load_xa<kChunk>(part, p, xa.row, j + q * kChunk, xa.rank);
-        multiply<T, kChunk>(acc, more, part, scale);
+        SplitChunk<T, kChunk> split;
+        split.set(part, scale);
+        multiply<T, kChunk, 4>(acc, more, split);
       }
 #pragma unroll
       for (int o = 0; o < 2; ++o) {
@@ -330,32 +216,43 @@ bool is_vector(const MoeApplyParams& p, int chunk) {
 }
 
 template <typename T, typename Y>
-cudaError_t launch(const ExpandParams& params, const MoeApplyParams& p, LaunchShape shape) {
+cudaError_t launch(const MoeExpandParams& params, bool vector, bool many, LaunchShape shape,
+                   void* stream) {
+  const auto launch_few = [&](auto kernel, int bytes) {
+    shape.shared_bytes = bytes;
+    return launch_kernel(kernel, shape, stream, params);
+  };
   // The order of the sum over ranks follows from kChunk, so that depends on the ranks alone.
-  const bool narrow = p.max_rank <= 16, vector = is_vector(p, narrow ? 4 : 8);
+  const bool narrow = params.max_rank <= 16;
+  if constexpr (sizeof(Y) == 2) {
+    if (many) {
+      shape.shared_bytes =
+          narrow ? MoeManyTraits<4, 1>::kSharedBytes : MoeManyTraits<8, 2>::kSharedBytes;
+      return launch_kernel(
+          narrow ? moe_expand_many_kernel<T, Y, 4, 1> : moe_expand_many_kernel<T, Y, 8, 2>, shape,
+          stream, params);
+    }
+  }
   if (narrow) {
-    shape.shared_bytes = held_bytes<4, 1>();
-    return launch_kernel(vector ? moe_expand_kernel<T, Y, 4, 1, true, true>
-                                : moe_expand_kernel<T, Y, 4, 1, true, false>,
-                         shape, p.stream, params);
+    return launch_few(vector ? moe_expand_kernel<T, Y, 4, 1, true, true>
+                             : moe_expand_kernel<T, Y, 4, 1, true, false>,
+                      held_bytes<4, 1>());
   }
-  if (p.max_rank <= 64) {
-    shape.shared_bytes = held_bytes<8, 2>();
-    return launch_kernel(vector ? moe_expand_kernel<T, Y, 8, 2, true, true>
-                                : moe_expand_kernel<T, Y, 8, 2, true, false>,
-                         shape, p.stream, params);
+  if (params.max_rank <= 64) {
+    return launch_few(vector ? moe_expand_kernel<T, Y, 8, 2, true, true>
+                             : moe_expand_kernel<T, Y, 8, 2, true, false>,
+                      held_bytes<8, 2>());
   }
-  shape.shared_bytes = held_bytes<8, 1>();
-  return launch_kernel(vector ? moe_expand_kernel<T, Y, 8, 1, false, true>
-                              : moe_expand_kernel<T, Y, 8, 1, false, false>,
-                       shape, p.stream, params);
+  return launch_few(vector ? moe_expand_kernel<T, Y, 8, 1, false, true>
+                           : moe_expand_kernel<T, Y, 8, 1, false, false>,
+                    held_bytes<8, 1>());
 }
 
 }  // namespace
 
 cudaError_t moe_expand(const MoeApplyParams& p, int splits) {
   const MoeWorkspace at(p, splits);
-  ExpandParams params{};
+  MoeExpandParams params{};
   params.routing = moe_routing(p);
   params.ranks = p.ranks;
   params.xa = static_cast<const float*>(p.workspace);
@@ -371,9 +268,12 @@ cudaError_t moe_expand(const MoeApplyParams& p, int splits) {
   params.splits = splits;
   params.xa_rank_stride = static_cast<int32_t>(at.rank_stride);
   params.num_slices = p.slices.count;
+  const bool narrow = p.max_rank <= 16, vector = is_vector(p, narrow ? 4 : 8);
+  const bool many = vector && p.y_dtype != DType::kFloat32 &&
+                    moe_expand_is_many(p.num_pairs, moe_groups(p), p.max_rank);
   int units = 0;
   for (int i = 0; i < p.slices.count; ++i) {
-    ExpandSlice& slice = params.slices[i];
+    MoeExpandSlice& slice = params.slices[i];
     slice.b = p.b.base[i];
     slice.slot_stride = p.b.slot_stride[i];
     slice.expert_stride = p.b.expert_stride[i];
@@ -393,7 +293,8 @@ cudaError_t moe_expand(const MoeApplyParams& p, int splits) {
   shape.cluster = 1;
   shape.dependent = true;
   return dispatch_half_output(p.dtype, p.y_dtype, [&](auto t, auto y) {
-    return launch<typename decltype(t)::type, typename decltype(y)::type>(params, p, shape);
+    return launch<typename decltype(t)::type, typename decltype(y)::type>(params, vector, many,
+                                                                          shape, p.stream);
   });
 }
 

@@ -48,6 +48,12 @@ inline MoeShrinkConfig moe_shrink_config(const MoeShape& s) {
   return config;
 }
 
+// Whether the expand is that of many pairs: where each (slot, expert) may well have as many as a
+// warp takes, and, with more ranks, whose xa and B are more to share, wherever pairs are thousands.
+inline bool moe_expand_is_many(int64_t num_pairs, int64_t num_groups, int max_rank) {
+  return max_rank <= 64 && (num_pairs / 16 >= num_groups || (max_rank > 16 && num_pairs > 2048));
+}
+
 // Rows of the grids over tiles: all that there can be while CTAs are few; beyond, each CTA takes
 // several, so that a routing of few groups does not launch thousands of CTAs that find nothing.
 inline int64_t moe_grid_tiles(int64_t num_pairs, int64_t num_groups, int blocks, int sm_count) {

@@ -13,9 +13,13 @@
 namespace lora_ext::cuda {
 namespace {
 
+// With very many pairs a third CTA on an SM is worth more than it takes; with fewer, CTAs would
+// crowd on some SMs, and this much shared memory keeps it out.
+constexpr int kThirdBlockPairs = 8192, kTwoBlocksBytes = 80 * 1024;
+
 // kWide: A has more rows than a CTA computes for few pairs; for many, one in two serves both.
 template <typename T, int kRowBlocks, bool kWide, bool kVector>
-__global__ void __launch_bounds__(kMoeThreads, kRowBlocks == 4 ? 2 : 3)
+__global__ void __launch_bounds__(kMoeThreads, kRowBlocks == 4 && !kWide ? 2 : 3)
     moe_shrink_kernel(const __grid_constant__ MoeShrinkParams p) {
   using Traits = MoeShrinkTraits<kRowBlocks, kWide>;
   extern __shared__ __align__(1024) unsigned char buffer[];
@@ -86,6 +90,9 @@ __global__ void __launch_bounds__(kMoeThreads, kRowBlocks == 4 ? 2 : 3)
 template <typename T, int kRowBlocks, bool kWide, bool kVector>
 cudaError_t launch(const MoeShrinkParams& params, LaunchShape shape, void* stream) {
   shape.shared_bytes = MoeShrinkTraits<kRowBlocks, kWide>::kSharedBytes;
+  if (kWide && params.num_pairs <= kThirdBlockPairs) {
+    shape.shared_bytes = std::max(shape.shared_bytes, kTwoBlocksBytes);
+  }
   return launch_kernel(moe_shrink_kernel<T, kRowBlocks, kWide, kVector>, shape, stream, params);
 }
 
