@@ -20,16 +20,18 @@ constexpr int held_bytes() {
 }
 
 // As many CTAs on an SM as registers hold without spilling.
-template <typename T, typename Y, int kChunk, bool kAll>
+template <typename T, typename Y, int kChunk, bool kAll, bool kVector>
 constexpr int expand_min_blocks() {
-  const int fewer = sizeof(Y) == 4 ? kChunk == 4 ? 2 : 1 : device::kNeedsScale<T> ? 1 : 0;
+  const int fewer = sizeof(Y) == 4                       ? kChunk == 4 ? 2 : 1
+                    : device::kNeedsScale<T> || !kVector ? 1
+                                                         : 0;
   return !kAll ? 3 - (sizeof(Y) == 4 ? 1 : 0) : (kChunk == 4 ? 6 : 4) - fewer;
 }
 
 // kChunk: neighbouring ranks that a lane holds, 4 for pools of rank up to 16, else 8. kAll: no slot
 // has more ranks than are held; else the others' weights are read again for every eight pairs.
 template <typename T, typename Y, int kChunk, int kHeld, bool kAll, bool kVector>
-__global__ void __launch_bounds__(kMoeThreads, (expand_min_blocks<T, Y, kChunk, kAll>()))
+__global__ void __launch_bounds__(kMoeThreads, (expand_min_blocks<T, Y, kChunk, kAll, kVector>()))
     moe_expand_kernel(const __grid_constant__ MoeExpandParams p) {
   constexpr int kSpan = 4 * kChunk, kSlotBytes = kMoeThreads * kChunk * 2;
   extern __shared__ __align__(1024) unsigned char copies[];
@@ -125,7 +127,11 @@ __global__ void __launch_bounds__(kMoeThreads, (expand_min_blocks<T, Y, kChunk, 
       const int pair = pair_of(round, g);
       next_xa.row = pair >= 0 ? p.xa + pair * p.xa_row_stride + slice * p.xa_rank_stride : nullptr;
       next_xa.rank = pair >= 0 ? rank : 0;
-      load_held<1, kChunk, kHeld, 4>(&next_xa.values, p, &next_xa.row, q * kChunk, rank);
+      if constexpr (kHeld * kChunk == 4) {  // one load of a split: four splits at a time
+        load_xa<kChunk>(next_xa.values[0], p, next_xa.row, q * kChunk, next_xa.rank);
+      } else {
+        load_held<1, kChunk, kHeld, 4>(&next_xa.values, p, &next_xa.row, q * kChunk, rank);
+      }
     };
     load_next_xa(0);
     device::copy_async_wait<0>();

@@ -51,7 +51,8 @@ inline MoeShrinkConfig moe_shrink_config(const MoeShape& s) {
 // Whether the expand is that of many pairs: where each (slot, expert) may well have as many as a
 // warp takes, and, with more ranks, whose xa and B are more to share, wherever pairs are thousands.
 inline bool moe_expand_is_many(int64_t num_pairs, int64_t num_groups, int max_rank) {
-  return max_rank <= 64 && (num_pairs / 16 >= num_groups || (max_rank > 16 && num_pairs > 2048));
+  return max_rank <= 64 && num_pairs > 1024 &&
+         (num_pairs / 16 >= num_groups || (max_rank > 16 && num_pairs > 2048));
 }
 
 // Rows of the grids over tiles: all that there can be while CTAs are few; beyond, each CTA takes
