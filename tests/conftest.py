@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+import torch._functorch.config as functorch_config
 
 from distributed import WORLD_SIZE, Workers
 from lora_ext import _build_info
@@ -21,11 +23,13 @@ def why_no_gpu() -> str | None:
 
 
 def pytest_configure() -> None:
+    # Processes that run tests beside each other (pytest-xdist) share the cores: with as many
+    # threads each as there are cores, they wait for each other more than they work.
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     # What another process has compiled would bring guards for the sizes that it saw first, and a
     # recompile where a test says that there is none.
-    import torch._functorch.config
-
-    torch._functorch.config.enable_autograd_cache = False
+    functorch_config.enable_autograd_cache = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
