@@ -2,149 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from generators import (
     HALVES_AND_FP32,
     LAYOUTS,
     NAN,
-    Module,
-    Weights,
     apply_,
-    apply_arguments,
     generator,
     make_batch,
     make_module,
     on_devices,
-    randn,
     random_slots,
     strided_rows,
 )
+from linear_site import RANKS, Site
 from lora_ext import ops
-from numerics import (
-    Expected,
-    assert_close,
-    assert_same_bits,
-    expected_expand,
-    expected_shrink,
-    half_ulp,
-    sum_error,
-)
+from numerics import assert_same_bits
 from test_on_device import MIXES, NUM_SLOTS, capture, no_synchronisation
 from test_plan_batch import fill
 
 WAYS = pytest.mark.parametrize("overlap", [False, True], ids=["behind", "beside"])
-RANKS = [16, 3, 0, 64, 8]
-# Up to so many tokens a GPU takes base layer and adapters in one stream, where nothing hinders it.
-STREAMED_TOKENS = 16
-
-
-class Site:
-    """A base layer wider than its slices, and the adapters of all slots."""
-
-    def __init__(
-        self,
-        dtype: torch.dtype,
-        device: str,
-        *,
-        in_features: int = 192,
-        slices: Sequence[int] = (96, 32),
-        extra: int = 24,
-        bias: bool = True,
-        ranks: Sequence[int] = RANKS,
-    ) -> None:
-        gen = generator("site", in_features, list(slices))
-        width = sum(slices) + extra
-        self.module: Module = make_module(ranks, in_features, slices, dtype, device)
-        self.weights: Weights = self.module.weights("packed")
-        self.weight = randn((width, in_features), dtype, device, gen, in_features**-0.5)
-        self.bias = randn((width,), dtype, device, gen) if bias else None
-
-    def x(self, *leading: int) -> Tensor:
-        shape = (*leading, self.module.in_features)
-        gen = generator("x", shape)
-        return randn(shape, self.module.dtype, self.module.device, gen)
-
-    def arguments(self, plan: Tensor) -> tuple[Any, ...]:
-        """What follows x in the operator."""
-        return (self.weight, self.bias, *apply_arguments(self.module, self.weights, plan))
-
-    def __call__(self, x: Tensor, plan: Tensor, **options: Any) -> Tensor:
-        module, weights = self.module, self.weights
-        return ops.lora_linear(
-            x,
-            self.weight,
-            self.bias,
-            weights.lora_a,
-            weights.lora_b,
-            module.ranks,
-            module.scalings,
-            plan,
-            output_slices=module.output_slices,
-            max_rank=module.max_rank,
-            a_offsets=weights.a_offsets,
-            b_offsets=weights.b_offsets,
-            **options,
-        )
-
-    def base(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-    def is_streamed(self, x: Tensor, overlap: bool = False, batch_invariant: bool = False) -> bool:
-        """Whether the base product of x is not torch's."""
-        return (
-            x.is_cuda
-            and torch.cuda.get_device_capability() >= (9, 0)
-            and x.dtype in (torch.bfloat16, torch.float16)
-            and x[..., 0].numel() <= STREAMED_TOKENS
-            and self.module.in_features % 8 == 0
-            and not (overlap or batch_invariant)
-        )
-
-    def check(self, y: Tensor, x: Tensor, slots: Sequence[int], **options: bool) -> None:
-        """Compare with the fp64 oracle. What has no adapter has the base layer's bits, but where
-        the base product is not torch's: there every element has one rounding."""
-        module, weights = self.module, self.weights
-        streamed = self.is_streamed(x, **options)
-        base, x = self.base(x).flatten(0, -2), x.flatten(0, -2)
-        y, padded = y.flatten(0, -2), [*slots, *[-1] * (len(x) - len(slots))]
-        of_token = torch.tensor(padded, dtype=torch.int32, device=y.device)
-        rest = (module.ranks, module.scalings, of_token, module.num_slices, module.max_rank)
-        xa = expected_shrink(x, weights.lora_a, *rest, weights.a_offsets)
-        covered = module.out_features
-        exact = self.exact_base(x) if streamed else Expected(base, torch.zeros_like(base))
-        want = expected_expand(
-            exact.value[:, :covered].to(torch.float64 if streamed else base.dtype),
-            xa,
-            weights.lora_b,
-            module.ranks,
-            of_token,
-            module.output_slices,
-            weights.b_offsets,
-        )
-        if streamed:
-            value = torch.cat([want.value, exact.value[:, covered:]], dim=1)
-            error = exact.error.clone()
-            error[:, :covered] += want.error
-            assert_close(y, Expected(value, error + half_ulp(value.abs() + error, y.dtype)))
-            return
-        assert_close(y[:, :covered], want)
-        assert_same_bits(y[:, covered:], base[:, covered:])
-        idle = [t for t, s in enumerate(padded) if s < 0 or int(module.ranks[s]) == 0]
-        assert_same_bits(y[idle], base[idle])
-
-    def exact_base(self, x: Tensor) -> Expected:
-        """The base layer in fp64, and what fp32 sums may miss of it."""
-        bias = 0 if self.bias is None else self.bias.double()
-        value = linear(x.double(), self.weight.double()) + bias
-        magnitude = linear(x.double().abs(), self.weight.double().abs()) + value.abs()
-        return Expected(value, sum_error(x.shape[-1], magnitude, x.dtype))
 
 
 # ---- what it computes
@@ -251,104 +134,6 @@ def forked(site: Site, x: Tensor, plan: Tensor) -> Tensor:
     y = site.base(x)
     ops.lora_join_(y, half, x, weights.lora_b, *rest, **sizes)
     return y
-
-
-# ---- few tokens on a GPU: one stream of the weights, in which the adapters are folded
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    ("in_features", "slices", "extra"),
-    [
-        (4096, [1024, 256, 256], 0),
-        (200, [72, 41, 7], 5),  # odd rows, slices that share a block of 16
-        (4104, [9000], 24),  # several passes for each multiprocessor, K behind whole steps
-        (8, [3], 0),
-        (14336, [100], 60),
-    ],
-)
-def test_a_stream_of_weights_rounds_once(
-    dtype: torch.dtype, layout: str, in_features: int, slices: list[int], extra: int
-) -> None:
-    ranks = [16, 3, 0, 64, 8, 33, 1]
-    sizes: Any = {"in_features": in_features, "slices": slices, "extra": extra}
-    site = Site(dtype, "cuda", **sizes, bias=True, ranks=ranks)
-    site.weights, bias = site.module.weights(layout), site.bias
-    for with_bias, num_tokens in zip([True, False] * 4, [1, 2, 5, 8, 9, 13, 15, 16], strict=True):
-        site.bias = bias if with_bias else None
-        slots = random_slots(num_tokens, len(ranks), generator("few", num_tokens))
-        x = site.x(num_tokens)
-        site.check(site(x, make_batch(slots, len(ranks), "cuda").plan), x, slots)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("ranks", [[130, 70], [200, 0]], ids=str)
-def test_a_stream_of_weights_and_ranks_of_several_steps(ranks: list[int]) -> None:
-    site = Site(torch.bfloat16, "cuda", in_features=1024, slices=[512], ranks=ranks)
-    for slots in ([0], [1, 0, -1, 1, 0, 0]):
-        x = site.x(len(slots))
-        site.check(site(x, make_batch(slots, 2, "cuda").plan), x, slots)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("num_tokens", [6, 14])
-def test_a_row_without_adapter_has_its_bits_whatever_the_others_have(num_tokens: int) -> None:
-    site = Site(torch.bfloat16, "cuda", in_features=1024)
-    x = site.x(num_tokens)
-    plan = make_batch([-1] * num_tokens, len(RANKS), "cuda").plan
-    alone = site(x, plan)
-    for seed in range(5):
-        slots = random_slots(num_tokens, len(RANKS), generator("others", seed))
-        y = site(x, make_batch(slots, len(RANKS), "cuda").plan)
-        idle = [t for t, slot in enumerate(slots) if slot < 0 or RANKS[slot] == 0]
-        assert_same_bits(y[idle], alone[idle])
-
-
-@pytest.mark.gpu
-def test_few_tokens_of_a_plan_for_many() -> None:
-    """A call with fewer rows than its plan has tokens: the rows beyond are nobody's."""
-    site = Site(torch.bfloat16, "cuda", in_features=1024)
-    slots = random_slots(60, len(RANKS), generator("pruned"))
-    batch = make_batch(slots, len(RANKS), "cuda", 64)
-    x = site.x(64)
-    assert torch.isfinite(site(x[:13], batch.plan)).all()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("num_tokens", [1, 8, 16])
-def test_streams_of_weights_one_behind_the_other(num_tokens: int) -> None:
-    """Each kernel begins before the one in front has ended, and reads what that wrote."""
-    ranks = [16, 64, 0, 3, 8]
-    sites = [
-        Site(torch.bfloat16, "cuda", in_features=k, slices=[n], extra=0, ranks=ranks, bias=False)
-        for k, n in [(2048, 6144), (6144, 1024), (1024, 2048)]
-    ]
-    batch = make_batch([0] * num_tokens, len(ranks), "cuda")
-    x, outputs = sites[0].x(num_tokens), []
-
-    def steps(plan: Tensor, synchronise: bool = False) -> list[Tensor]:
-        results = [x]
-        for site in sites * 2:
-            results.append(site(results[-1], plan))
-            if synchronise:
-                torch.cuda.synchronize()
-        return results
-
-    def captured_steps() -> None:
-        outputs[:] = steps(batch.plan)
-
-    graph = capture(captured_steps)
-    for seed in range(4):
-        slots = random_slots(num_tokens, len(ranks), generator("chain", seed))
-        fill(batch.plan, slots, len(ranks))
-        for output in outputs[1:]:
-            output.fill_(NAN)
-        graph.replay()
-        want = steps(make_batch(slots, len(ranks), "cuda").plan, synchronise=True)
-        for output, expected in zip(outputs, want, strict=True):
-            assert_same_bits(output, expected)
 
 
 # ---- torch

@@ -1,0 +1,128 @@
+"""A base layer with adapters, held against the fp64 oracle: what tests of lora_linear share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from generators import Module, Weights, apply_arguments, generator, make_module, randn
+from lora_ext import ops
+from numerics import (
+    Expected,
+    assert_close,
+    assert_same_bits,
+    expected_expand,
+    expected_shrink,
+    half_ulp,
+    sum_error,
+)
+
+RANKS = [16, 3, 0, 64, 8]
+# Up to so many tokens a GPU takes base layer and adapters in one stream, where nothing hinders it.
+STREAMED_TOKENS = 16
+
+
+class Site:
+    """A base layer wider than its slices, and the adapters of all slots."""
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        device: str,
+        *,
+        in_features: int = 192,
+        slices: Sequence[int] = (96, 32),
+        extra: int = 24,
+        bias: bool = True,
+        ranks: Sequence[int] = RANKS,
+    ) -> None:
+        gen = generator("site", in_features, list(slices))
+        width = sum(slices) + extra
+        self.module: Module = make_module(ranks, in_features, slices, dtype, device)
+        self.weights: Weights = self.module.weights("packed")
+        self.weight = randn((width, in_features), dtype, device, gen, in_features**-0.5)
+        self.bias = randn((width,), dtype, device, gen) if bias else None
+
+    def x(self, *leading: int) -> Tensor:
+        shape = (*leading, self.module.in_features)
+        gen = generator("x", shape)
+        return randn(shape, self.module.dtype, self.module.device, gen)
+
+    def arguments(self, plan: Tensor) -> tuple[Any, ...]:
+        """What follows x in the operator."""
+        return (self.weight, self.bias, *apply_arguments(self.module, self.weights, plan))
+
+    def __call__(self, x: Tensor, plan: Tensor, **options: Any) -> Tensor:
+        module, weights = self.module, self.weights
+        return ops.lora_linear(
+            x,
+            self.weight,
+            self.bias,
+            weights.lora_a,
+            weights.lora_b,
+            module.ranks,
+            module.scalings,
+            plan,
+            output_slices=module.output_slices,
+            max_rank=module.max_rank,
+            a_offsets=weights.a_offsets,
+            b_offsets=weights.b_offsets,
+            **options,
+        )
+
+    def base(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+    def is_streamed(self, x: Tensor, overlap: bool = False, batch_invariant: bool = False) -> bool:
+        """Whether the base product of x is not torch's."""
+        return (
+            x.is_cuda
+            and torch.cuda.get_device_capability() >= (9, 0)
+            and x.dtype in (torch.bfloat16, torch.float16)
+            and x[..., 0].numel() <= STREAMED_TOKENS
+            and self.module.in_features % 8 == 0
+            and not (overlap or batch_invariant)
+        )
+
+    def check(self, y: Tensor, x: Tensor, slots: Sequence[int], **options: bool) -> None:
+        """Compare with the fp64 oracle. What has no adapter has the base layer's bits, but where
+        the base product is not torch's: there every element has one rounding."""
+        module, weights = self.module, self.weights
+        streamed = self.is_streamed(x, **options)
+        base, x = self.base(x).flatten(0, -2), x.flatten(0, -2)
+        y, padded = y.flatten(0, -2), [*slots, *[-1] * (len(x) - len(slots))]
+        of_token = torch.tensor(padded, dtype=torch.int32, device=y.device)
+        rest = (module.ranks, module.scalings, of_token, module.num_slices, module.max_rank)
+        xa = expected_shrink(x, weights.lora_a, *rest, weights.a_offsets)
+        covered = module.out_features
+        exact = self.exact_base(x) if streamed else Expected(base, torch.zeros_like(base))
+        want = expected_expand(
+            exact.value[:, :covered].to(torch.float64 if streamed else base.dtype),
+            xa,
+            weights.lora_b,
+            module.ranks,
+            of_token,
+            module.output_slices,
+            weights.b_offsets,
+        )
+        if streamed:
+            value = torch.cat([want.value, exact.value[:, covered:]], dim=1)
+            error = exact.error.clone()
+            error[:, :covered] += want.error
+            assert_close(y, Expected(value, error + half_ulp(value.abs() + error, y.dtype)))
+            return
+        assert_close(y[:, :covered], want)
+        assert_same_bits(y[:, covered:], base[:, covered:])
+        idle = [t for t, s in enumerate(padded) if s < 0 or int(module.ranks[s]) == 0]
+        assert_same_bits(y[idle], base[idle])
+
+    def exact_base(self, x: Tensor) -> Expected:
+        """The base layer in fp64, and what fp32 sums may miss of it."""
+        bias = 0 if self.bias is None else self.bias.double()
+        value = linear(x.double(), self.weight.double()) + bias
+        magnitude = linear(x.double().abs(), self.weight.double().abs()) + value.abs()
+        return Expected(value, sum_error(x.shape[-1], magnitude, x.dtype))
