@@ -65,9 +65,10 @@ class Site(NamedTuple):
         try:
             output = base_fn()
         except BaseException:
-            # The shrink may be at work on what is freed now. A capture has failed anyway.
-            with suppress(RuntimeError):
-                torch.accelerator.synchronize(self.x.device)
+            # A GPU's shrink may be at work on what is freed now. A capture has failed anyway.
+            if not self.x.is_cpu:
+                with suppress(RuntimeError):
+                    torch.accelerator.synchronize(self.x.device)
             raise
         ops.lora_join_(
             output,
