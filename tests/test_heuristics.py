@@ -75,6 +75,12 @@ def test_the_plan_kernel_fits_every_capacity(max_tokens: int, num_slots: int) ->
     assert 4 * placed[-1][1] <= config.shared_bytes
 
 
+def test_a_small_plan_has_a_thread_for_each_token_slot_and_segment() -> None:
+    assert testing.plan_is_small(256, 256, 256) and testing.plan_is_small(0, 1, 1)
+    assert testing.plan_is_small(64, 200, 200) and not testing.plan_is_small(64, 200, 201)
+    assert not testing.plan_is_small(320, 8, 1) and not testing.plan_is_small(64, 257, 1)
+
+
 def test_a_decode_plan_stays_in_shared_memory() -> None:
     config = testing.plan_config(256, 1024)
     assert config.slots_at > 0 and config.tokens_at > 0

@@ -81,7 +81,7 @@ def segments_of(slots):
     return [slot for slot, _ in runs], [length for _, length in runs]
 
 
-@pytest.mark.parametrize("num_slots", [1, 4, 300])
+@pytest.mark.parametrize("num_slots", [1, 4, 256, 300])
 @pytest.mark.parametrize("num_tokens", [0, 1, 15, 16, 17, 63, 64, 65, 256, 1000, 4096])
 def test_tokens(device, num_tokens, num_slots):
     slots = random_slots(num_tokens, num_slots, generator("plan", num_tokens))

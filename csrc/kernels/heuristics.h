@@ -16,6 +16,14 @@ constexpr int kMaxSlots = 8192;                 // plan_batch needs three counts
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Tokens and slots up to which a plan has a thread for each of them; segments too, which may be
+// more, as they may be empty.
+constexpr int kSmallPlan = 256;
+inline bool plan_is_small(int64_t max_tokens, int64_t num_slots, int64_t count) {
+  const int64_t threads = std::max(max_tokens, num_slots);
+  return threads <= kSmallPlan && count <= threads;
+}
+
 struct PlanConfig {
   int threads, num_buckets, shared_bytes;
   int slots_at, tokens_at;  // in shared memory, in int32 units; -1: they stay in global memory

@@ -13,6 +13,7 @@
 #include "kernels/heuristics.h"
 #include "kernels/kernels.h"
 #include "kernels/launch.cuh"
+#include "kernels/plan_small.cuh"
 
 namespace lora_ext::cuda {
 namespace {
@@ -312,9 +313,15 @@ __global__ void __launch_bounds__(kMostThreads)
 }  // namespace
 
 int plan_batch(const PlanParams& params) {
-  const PlanConfig config = plan_config(params.plan.max_tokens, params.plan.num_slots);
   LaunchShape shape{};
   shape.grid = dim3(1);
+  if (plan_is_small(params.plan.max_tokens, params.plan.num_slots, params.n)) {
+    shape.threads = static_cast<int>(
+        32 * ceil_div(std::max({params.plan.max_tokens, params.plan.num_slots, int64_t{1}}), 32));
+    shape.cluster = 1;
+    return launch_kernel(plan_small_kernel, shape, params.stream, params);
+  }
+  const PlanConfig config = plan_config(params.plan.max_tokens, params.plan.num_slots);
   shape.threads = config.threads;
   shape.shared_bytes = config.shared_bytes;
   shape.cluster = 1;

@@ -33,6 +33,7 @@ void bind_plan(py::module_& m) {
   m.def("plan_size", &plan_size, "max_tokens"_a, "num_slots"_a);
   m.def("plan_max_tokens", &plan_max_tokens, "size"_a, "num_slots"_a);
   m.def("max_tiles", &max_tiles, "num_tokens"_a, "num_slots"_a, "tile_tokens"_a);
+  m.def("plan_is_small", &plan_is_small, "max_tokens"_a, "num_slots"_a, "count"_a);
   py::class_<PlanConfig>(m, "PlanConfig")
       .def_readonly("threads", &PlanConfig::threads)
       .def_readonly("num_buckets", &PlanConfig::num_buckets)
