@@ -343,6 +343,26 @@ def test_the_moe_shrink_covers_rows_and_features(**shape: int) -> None:
     num_pairs=PAIRS,
     num_groups=GROUPS,
     in_features=FEATURES,
+    matrices=st.integers(1, 8),
+    rows=st.integers(1, 8 * 1024),
+    vector=st.booleans(),
+    sm_count=SM_COUNTS,
+)
+def test_the_moe_shrink_prefetches_where_a_is_little(**shape: int) -> None:
+    config = testing.moe_shrink_config(**shape)
+    groups = min(shape["num_pairs"], shape["num_groups"])
+    least_bytes = 2 * groups * shape["matrices"] * shape["rows"] * shape["in_features"]
+    little = shape["vector"] and least_bytes <= 24 << 20
+    assert config.prefetch_features in (0, config.split_features)
+    assert little or config.prefetch_features == 0
+    if little and shape["num_pairs"] <= shape["num_groups"]:  # a tile for each pair
+        assert config.prefetch_features == config.split_features
+
+
+@given(
+    num_pairs=PAIRS,
+    num_groups=GROUPS,
+    in_features=FEATURES,
     rank=st.integers(1, 1024),
     slices=st.integers(1, 8),
     sm_count=SM_COUNTS,

@@ -33,6 +33,7 @@ struct MoeRouting {
   const int32_t* routing;
   int32_t tile_limit;  // tiles that the buffer could hold
 
+  __device__ __forceinline__ int size() const { return kRoutingHeaderSize + 4 * tile_limit; }
   __device__ __forceinline__ const int32_t* permutation() const {
     return routing + routing[kPermutationOffset];
   }

@@ -224,34 +224,41 @@ bool is_vector(const MoeApplyParams& p, int chunk) {
 template <typename T, typename Y>
 cudaError_t launch(const MoeExpandParams& params, bool vector, bool many, LaunchShape shape,
                    void* stream) {
-  const auto launch_few = [&](auto kernel, int bytes) {
+  const auto launch_held = [&](auto kernel, int bytes) {
     shape.shared_bytes = bytes;
     return launch_kernel(kernel, shape, stream, params);
   };
   // The order of the sum over ranks follows from kChunk, so that depends on the ranks alone.
   const bool narrow = params.max_rank <= 16;
+  const bool one_step = params.max_rank <= 32;
   if constexpr (sizeof(Y) == 2) {
     if (many) {
-      shape.shared_bytes =
-          narrow ? MoeManyTraits<4, 1>::kSharedBytes : MoeManyTraits<8, 2>::kSharedBytes;
-      return launch_kernel(
-          narrow ? moe_expand_many_kernel<T, Y, 4, 1> : moe_expand_many_kernel<T, Y, 8, 2>, shape,
-          stream, params);
+      return narrow     ? launch_held(moe_expand_many_kernel<T, Y, 4, 1>,
+                                      MoeManyTraits<4, 1>::kSharedBytes)
+             : one_step ? launch_held(moe_expand_many_kernel<T, Y, 8, 1>,
+                                      MoeManyTraits<8, 1>::kSharedBytes)
+                        : launch_held(moe_expand_many_kernel<T, Y, 8, 2>,
+                                      MoeManyTraits<8, 2>::kSharedBytes);
     }
   }
   if (narrow) {
-    return launch_few(vector ? moe_expand_kernel<T, Y, 4, 1, true, true>
-                             : moe_expand_kernel<T, Y, 4, 1, true, false>,
-                      held_bytes<4, 1>());
+    return launch_held(vector ? moe_expand_kernel<T, Y, 4, 1, true, true>
+                              : moe_expand_kernel<T, Y, 4, 1, true, false>,
+                       held_bytes<4, 1>());
+  }
+  if (one_step) {
+    return launch_held(vector ? moe_expand_kernel<T, Y, 8, 1, true, true>
+                              : moe_expand_kernel<T, Y, 8, 1, true, false>,
+                       held_bytes<8, 1>());
   }
   if (params.max_rank <= 64) {
-    return launch_few(vector ? moe_expand_kernel<T, Y, 8, 2, true, true>
-                             : moe_expand_kernel<T, Y, 8, 2, true, false>,
-                      held_bytes<8, 2>());
+    return launch_held(vector ? moe_expand_kernel<T, Y, 8, 2, true, true>
+                              : moe_expand_kernel<T, Y, 8, 2, true, false>,
+                       held_bytes<8, 2>());
   }
-  return launch_few(vector ? moe_expand_kernel<T, Y, 8, 1, false, true>
-                           : moe_expand_kernel<T, Y, 8, 1, false, false>,
-                    held_bytes<8, 1>());
+  return launch_held(vector ? moe_expand_kernel<T, Y, 8, 1, false, true>
+                            : moe_expand_kernel<T, Y, 8, 1, false, false>,
+                     held_bytes<8, 1>());
 }
 
 }  // namespace

@@ -17,6 +17,47 @@ namespace {
 // crowd on some SMs, and this much shared memory keeps it out.
 constexpr int kThirdBlockPairs = 8192, kTwoBlocksBytes = 80 * 1024;
 
+// What will likely be read of A and x, to L2, before it may be: the routing and x may be yet to be
+// written, but as an address of a prefetch, kept inside the tensors, what is read of them does no
+// harm.
+template <typename T, int kRows>
+__device__ __forceinline__ void prefetch_part(const MoeShrinkParams& p, const MoeShrinkWork& work) {
+  const int thread = threadIdx.x, index = blockIdx.y;
+  if (index >= p.routing.tile_limit) {
+    return;
+  }
+  // Past L1, which would keep what is yet to be overwritten.
+  const int4 raw = __ldcg(reinterpret_cast<const int4*>(moe_tiles(p.routing.routing) + index));
+  const int offset = __ldcg(p.routing.routing + kPermutationOffset);
+  const MoeTile tile{raw.x, raw.y, raw.z, raw.w};
+  if (!is_valid(tile, p.num_slots, p.num_experts)) {
+    return;
+  }
+  const int bytes = 2 * min(work.k_end - work.k_begin, p.prefetch_features);
+  if (thread < kRows) {
+    const int rank = min(__ldcg(p.ranks + tile.slot), p.max_rank), row = work.row0 + thread;
+    if (row < rank * (p.packed ? p.num_slices : 1)) {
+      const MoeShrinkMatrix& matrix = p.matrices[work.matrix];
+      device::prefetch_l2(static_cast<const T*>(matrix.a) + tile.slot * matrix.slot_stride +
+                              tile.expert * matrix.expert_stride + row * matrix.row_stride +
+                              work.k_begin,
+                          bytes);
+    }
+  }
+  const int i = thread - (kMoeThreads - kFewPairs);
+  const int64_t at = int64_t{offset} + tile.start + i;
+  if (i >= 0 && i < tile.count && at >= 0 && at < p.routing.size()) {
+    const int pair = __ldcg(p.routing.routing + at);
+    if (pair >= 0 && pair < p.num_pairs) {
+      device::prefetch_l2(
+          static_cast<const T*>(p.x) +
+              static_cast<int>(static_cast<unsigned>(pair) / p.x_divisor) * p.x_stride +
+              work.k_begin,
+          bytes);
+    }
+  }
+}
+
 // kWide: A has more rows than a CTA computes for few pairs; for many, one in two serves both.
 template <typename T, int kRowBlocks, bool kWide, bool kVector>
 __global__ void __launch_bounds__(kMoeThreads, kRowBlocks == 4 && !kWide ? 2 : 3)
@@ -25,6 +66,16 @@ __global__ void __launch_bounds__(kMoeThreads, kRowBlocks == 4 && !kWide ? 2 : 3
   extern __shared__ __align__(1024) unsigned char buffer[];
   __shared__ MoeShrinkShared shared;
   const int thread = threadIdx.x;
+  MoeShrinkWork work;
+  const int block = blockIdx.x / p.splits;
+  work.split = blockIdx.x % p.splits;
+  work.matrix = block / p.blocks_per_matrix;
+  work.row0 = block % p.blocks_per_matrix * 16 * kRowBlocks;
+  work.k_begin = work.split * p.split_features;
+  work.k_end = min(work.k_begin + p.split_features, p.in_features);
+  if (p.prefetch_features > 0) {
+    prefetch_part<T, 16 * kRowBlocks>(p, work);
+  }
   device::grid_dependency_wait();
   device::grid_dependency_launch();
   const int num_tiles = p.routing.num_tiles();
@@ -34,13 +85,6 @@ __global__ void __launch_bounds__(kMoeThreads, kRowBlocks == 4 && !kWide ? 2 : 3
   if (cached && thread < p.num_slots) {
     shared.ranks[thread] = p.ranks[thread];
   }
-  MoeShrinkWork work;
-  const int block = blockIdx.x / p.splits;
-  work.split = blockIdx.x % p.splits;
-  work.matrix = block / p.blocks_per_matrix;
-  work.row0 = block % p.blocks_per_matrix * 16 * kRowBlocks;
-  work.k_begin = work.split * p.split_features;
-  work.k_end = min(work.k_begin + p.split_features, p.in_features);
   const MoeShrinkMatrix& matrix = p.matrices[work.matrix];
   __syncthreads();
   for (int index = blockIdx.y; index < num_tiles; index += gridDim.y) {
@@ -127,6 +171,7 @@ cudaError_t moe_shrink(const MoeApplyParams& p, const MoeShrinkConfig& config) {
   params.splits = config.splits;
   params.split_features = config.split_features;
   params.blocks_per_matrix = config.blocks / num_matrices;
+  params.prefetch_features = config.prefetch_features;
   params.packed = p.a.rows_by_rank;
   params.float_weights = p.weights_dtype == DType::kFloat32;
   for (int i = 0; i < num_matrices; ++i) {

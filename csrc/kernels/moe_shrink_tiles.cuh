@@ -24,7 +24,7 @@ struct alignas(64) MoeShrinkParams {
   float* xa;
   int64_t x_stride, xa_row_stride, xa_plane;
   int32_t x_divisor, num_slots, num_experts, num_pairs, in_features, max_rank;
-  int32_t xa_rank_stride, num_slices, splits, split_features, blocks_per_matrix;
+  int32_t xa_rank_stride, num_slices, splits, split_features, blocks_per_matrix, prefetch_features;
   bool packed, float_weights;
   MoeShrinkMatrix matrices[kMaxSlices];  // one where A is packed
 };

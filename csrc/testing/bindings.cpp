@@ -154,7 +154,8 @@ void bind_moe(py::module_& m) {
       .def_readonly("row_blocks", &MoeShrinkConfig::row_blocks)
       .def_readonly("blocks", &MoeShrinkConfig::blocks)
       .def_readonly("splits", &MoeShrinkConfig::splits)
-      .def_readonly("split_features", &MoeShrinkConfig::split_features);
+      .def_readonly("split_features", &MoeShrinkConfig::split_features)
+      .def_readonly("prefetch_features", &MoeShrinkConfig::prefetch_features);
   m.def(
       "moe_shrink_config",
       [](int64_t num_pairs, int64_t num_groups, int64_t in_features, int matrices, int rows,
