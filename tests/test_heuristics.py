@@ -352,11 +352,46 @@ def test_the_moe_shrink_prefetches_where_a_is_little(**shape: int) -> None:
     config = testing.moe_shrink_config(**shape)
     groups = min(shape["num_pairs"], shape["num_groups"])
     least_bytes = 2 * groups * shape["matrices"] * shape["rows"] * shape["in_features"]
-    little = shape["vector"] and least_bytes <= 24 << 20
+    little = shape["vector"] and groups <= shape["sm_count"] and least_bytes <= 12 << 20
     assert config.prefetch_features in (0, config.split_features)
     assert little or config.prefetch_features == 0
     if little and shape["num_pairs"] <= shape["num_groups"]:  # a tile for each pair
         assert config.prefetch_features == config.split_features
+
+
+@given(
+    num_pairs=PAIRS,
+    num_groups=GROUPS,
+    in_features=FEATURES,
+    matrices=st.integers(1, 8),
+    rows=st.integers(1, 8 * 1024),
+    vector=st.booleans(),
+    sm_count=SM_COUNTS,
+)
+def test_moe_shrink_blocks_are_spread_where_they_are_few(**shape: int) -> None:
+    config = testing.moe_shrink_config(**shape)
+    groups = min(shape["num_pairs"], shape["num_groups"])
+    most_tiles = testing.max_moe_tiles(shape["num_pairs"], groups)
+    if config.most_blocks_per_sm != 0:
+        room = config.most_blocks_per_sm * shape["sm_count"]
+        assert 2 <= config.most_blocks_per_sm <= 4
+        assert 4 * most_tiles * config.blocks * config.splits <= 5 * room
+        assert config.prefetch_features == 0  # which wants to be there early
+
+
+@given(
+    num_pairs=PAIRS,
+    num_groups=GROUPS,
+    columns=st.integers(1, 100_000),
+    max_rank=st.integers(1, 1024),
+    sm_count=SM_COUNTS,
+)
+def test_warps_of_the_moe_expand_take_two_units_only_beyond_a_wave(**shape: int) -> None:
+    units = testing.moe_expand_units(**shape)
+    assert units in (1, 2)
+    if units == 2:
+        assert shape["max_rank"] <= 32
+        assert shape["num_pairs"] * shape["columns"] * 64 > 65_536 * shape["sm_count"]
 
 
 @given(
@@ -378,9 +413,15 @@ def test_layouts_do_not_change_how_k_is_split(rank: int, slices: int, **shape: i
     assert len(splits) == 1
 
 
-@given(num_pairs=PAIRS, num_groups=GROUPS, blocks=st.integers(1, 4096), sm_count=SM_COUNTS)
+@given(
+    num_pairs=PAIRS,
+    num_groups=GROUPS,
+    blocks=st.integers(1, 4096),
+    sm_count=SM_COUNTS,
+    most_per_sm=st.sampled_from([8, 16, 32]),
+)
 def test_the_grid_over_moe_tiles_is_bounded(**shape: int) -> None:
     tiles = testing.moe_grid_tiles(**shape)
     assert 1 <= tiles <= max(1, testing.max_moe_tiles(shape["num_pairs"], shape["num_groups"]))
     assert tiles <= 65_535
-    assert tiles == 1 or (tiles - 1) * shape["blocks"] < 32 * shape["sm_count"]
+    assert tiles == 1 or (tiles - 1) * shape["blocks"] < shape["most_per_sm"] * shape["sm_count"]

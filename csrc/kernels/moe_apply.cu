@@ -157,7 +157,7 @@ int moe_apply(const MoeApplyParams& p) {
   }
   const MoeShrinkConfig config = shrink_config_of(p);
   const cudaError_t error = moe_shrink(p, config);
-  return error != cudaSuccess ? error : moe_expand(p, config.splits);
+  return error != cudaSuccess ? error : moe_expand(p, config);
 }
 
 }  // namespace lora_ext::cuda

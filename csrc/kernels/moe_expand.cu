@@ -13,15 +13,18 @@ namespace {
 
 constexpr int kRound = 8;  // pairs at a time
 
-// Of a block: kHeld steps of eight columns for each lane.
-template <int kChunk, int kHeld>
+// Of a block: kHeld steps of eight columns of each of kUnits units for each lane.
+template <int kChunk, int kHeld, int kUnits = 1>
 constexpr int held_bytes() {
-  return kMoeThreads * kHeld * 8 * kChunk * 2;
+  return kMoeThreads * kUnits * kHeld * 8 * kChunk * 2;
 }
 
 // As many CTAs on an SM as registers hold without spilling.
-template <typename T, typename Y, int kChunk, bool kAll, bool kVector>
+template <typename T, typename Y, int kChunk, bool kAll, bool kVector, int kUnits>
 constexpr int expand_min_blocks() {
+  if (kUnits == 2) {
+    return (kChunk == 4 ? 4 : 3) - (device::kNeedsScale<T> ? 1 : 0);
+  }
   const int fewer = sizeof(Y) == 4                       ? kChunk == 4 ? 2 : 1
                     : device::kNeedsScale<T> || !kVector ? 1
                                                          : 0;
@@ -30,9 +33,12 @@ constexpr int expand_min_blocks() {
 
 // kChunk: neighbouring ranks that a lane holds, 4 for pools of rank up to 16, else 8. kAll: no slot
 // has more ranks than are held; else the others' weights are read again for every eight pairs.
-template <typename T, typename Y, int kChunk, int kHeld, bool kAll, bool kVector>
-__global__ void __launch_bounds__(kMoeThreads, (expand_min_blocks<T, Y, kChunk, kAll, kVector>()))
+// kUnits: neighbouring units of columns that a warp takes.
+template <typename T, typename Y, int kChunk, int kHeld, bool kAll, bool kVector, int kUnits = 1>
+__global__ void __launch_bounds__(kMoeThreads,
+                                  (expand_min_blocks<T, Y, kChunk, kAll, kVector, kUnits>()))
     moe_expand_kernel(const __grid_constant__ MoeExpandParams p) {
+  static_assert(kUnits == 1 || (kVector && kAll));
   constexpr int kSpan = 4 * kChunk, kSlotBytes = kMoeThreads * kChunk * 2;
   extern __shared__ __align__(1024) unsigned char copies[];
   unsigned char* const own = copies + threadIdx.x * kChunk * 2;  // [step][column][thread]
@@ -46,7 +52,7 @@ __global__ void __launch_bounds__(kMoeThreads, (expand_min_blocks<T, Y, kChunk, 
   }
   device::grid_dependency_launch();
   const MoeExpandSlice& s = p.slices[slice];
-  const int column = unit * kUnitColumns + 8 * g, width = s.width;
+  const int column = unit * kUnits * kUnitColumns + 8 * g, width = s.width;
   const int64_t y_stride = p.y_stride, column_stride = kVector ? 1 : p.column_stride;
   Y* y = static_cast<Y*>(p.y) + s.column_start + column * column_stride;
   const int num_tiles = p.routing.num_tiles();
@@ -74,20 +80,21 @@ __global__ void __launch_bounds__(kMoeThreads, (expand_min_blocks<T, Y, kChunk, 
       }
     };
 #pragma unroll
-    for (int step = 0; step < kHeld; ++step) {
+    for (int part = 0; part < kUnits * kHeld; ++part) {  // of a unit and step
+      const int step = part % kHeld, shift = part / kHeld * kUnitColumns;
       if constexpr (kVector) {
         const int j = step * kSpan + q * kChunk, valid = min(max(rank - j, 0), kChunk);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          copy_ranks<kChunk>(own + (8 * step + i) * kSlotBytes, b + i * row_stride + j,
-                             column + i < width ? valid : 0);
+          copy_ranks<kChunk>(own + (8 * part + i) * kSlotBytes, b + (shift + i) * row_stride + j,
+                             column + shift + i < width ? valid : 0);
         }
       } else {
         device::Chunk<T, kChunk> weights[8];
         load_weights(weights, step * kSpan);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          write_chunk(own + (8 * step + i) * kSlotBytes, weights[i]);
+          write_chunk(own + (8 * part + i) * kSlotBytes, weights[i]);
         }
       }
     }
@@ -104,13 +111,16 @@ __global__ void __launch_bounds__(kMoeThreads, (expand_min_blocks<T, Y, kChunk, 
       return __shfl_sync(kAllLanes, round < 4 ? pairs[0] : pairs[1], (kRound * round + i) % 32);
     };
     // Output o of a lane: pair 2 q + o of the round, eight columns.
-    device::Outputs<Y> next[2];
+    device::Outputs<Y> next[kUnits][2];
     const auto load_y = [&](int round) {
 #pragma unroll
       for (int o = 0; o < 2; ++o) {
         const int pair = pair_of(round, 2 * q + o);
-        if (kVector && pair >= 0 && column < width) {
-          next[o].load(y + pair * y_stride);
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) {
+          if (kVector && pair >= 0 && column + u * kUnitColumns < width) {
+            next[u][o].load(y + pair * y_stride + u * kUnitColumns);
+          }
         }
       }
     };
@@ -137,7 +147,11 @@ __global__ void __launch_bounds__(kMoeThreads, (expand_min_blocks<T, Y, kChunk, 
     device::copy_async_wait<0>();
     for (int round = 0; round < rounds; ++round) {
       xa = next_xa;
-      device::Outputs<Y> outputs[2] = {next[0], next[1]};
+      device::Outputs<Y> outputs[kUnits][2];
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+        outputs[u][0] = next[u][0], outputs[u][1] = next[u][1];
+      }
       if (round + 1 < rounds) {
         load_y(round + 1);
         load_next_xa(round + 1);
@@ -156,54 +170,58 @@ __global__ void __launch_bounds__(kMoeThreads, (expand_min_blocks<T, Y, kChunk, 
         max_bits = max(max_bits, __shfl_xor_sync(kAllLanes, max_bits, 2));
       }
       const float scale = device::kNeedsScale<T> ? device::scale_down(max_bits) : 1.0f;
-      float acc[4][4] = {};
 #pragma unroll
-      for (int step = 0; step < kHeld; ++step) {
-        if (step == 0 || step * kSpan < rank) {
-          device::Chunk<T, kChunk> weights[8];
+      for (int u = 0; u < kUnits; ++u) {
+        const int first = column + u * kUnitColumns;
+        float acc[4][4] = {};
 #pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            read_chunk(weights[i], own + (8 * step + i) * kSlotBytes);
+        for (int step = 0; step < kHeld; ++step) {
+          if (step == 0 || step * kSpan < rank) {
+            device::Chunk<T, kChunk> weights[8];
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+              read_chunk(weights[i], own + (8 * (u * kHeld + step) + i) * kSlotBytes);
+            }
+            SplitChunk<T, kChunk> split;
+            split.set(xa.values[step], scale);
+            multiply<T, kChunk, 4>(acc, weights, split);
           }
+        }
+        for (int j = kHeld * kSpan; !kAll && j < rank; j += kSpan) {
+          device::Chunk<T, kChunk> more[8];
+          float part[kChunk];
+          load_weights(more, j);
+          load_xa<kChunk>(part, p, xa.row, j + q * kChunk, xa.rank);
           SplitChunk<T, kChunk> split;
-          split.set(xa.values[step], scale);
-          multiply<T, kChunk, 4>(acc, weights, split);
+          split.set(part, scale);
+          multiply<T, kChunk, 4>(acc, more, split);
         }
-      }
-      for (int j = kHeld * kSpan; !kAll && j < rank; j += kSpan) {
-        device::Chunk<T, kChunk> more[8];
-        float part[kChunk];
-        load_weights(more, j);
-        load_xa<kChunk>(part, p, xa.row, j + q * kChunk, xa.rank);
-        SplitChunk<T, kChunk> split;
-        split.set(part, scale);
-        multiply<T, kChunk, 4>(acc, more, split);
-      }
 #pragma unroll
-      for (int o = 0; o < 2; ++o) {
-        const int to_pair = pair_of(round, 2 * q + o);
-        const float scale_up =
-            device::kNeedsScale<T>
-                ? device::scale_up(__shfl_sync(kAllLanes, max_bits, 4 * (2 * q + o)))
-                : 1.0f;
-        if (to_pair < 0 || column >= width) {
-          continue;
-        }
-        float delta[8];
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          delta[i] = acc[i / 2][i % 2 * 2 + o] * scale_up;
-        }
-        Y* to = y + to_pair * y_stride;
-        if constexpr (kVector) {
-          outputs[o].add(delta);
-          outputs[o].store(to);
-        } else {
+        for (int o = 0; o < 2; ++o) {
+          const int to_pair = pair_of(round, 2 * q + o);
+          const float scale_up =
+              device::kNeedsScale<T>
+                  ? device::scale_up(__shfl_sync(kAllLanes, max_bits, 4 * (2 * q + o)))
+                  : 1.0f;
+          if (to_pair < 0 || first >= width) {
+            continue;
+          }
+          float delta[8];
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
-            if (column + i < width) {
-              Y* at = to + i * column_stride;
-              *at = device::from_float<Y>(device::to_float(*at) + delta[i]);
+            delta[i] = acc[i / 2][i % 2 * 2 + o] * scale_up;
+          }
+          Y* to = y + to_pair * y_stride + u * kUnitColumns * column_stride;
+          if constexpr (kVector) {
+            outputs[u][o].add(delta);
+            outputs[u][o].store(to);
+          } else {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+              if (first + i < width) {
+                Y* at = to + i * column_stride;
+                *at = device::from_float<Y>(device::to_float(*at) + delta[i]);
+              }
             }
           }
         }
@@ -222,8 +240,8 @@ bool is_vector(const MoeApplyParams& p, int chunk) {
 }
 
 template <typename T, typename Y>
-cudaError_t launch(const MoeExpandParams& params, bool vector, bool many, LaunchShape shape,
-                   void* stream) {
+cudaError_t launch(const MoeExpandParams& params, bool vector, bool many, int units,
+                   LaunchShape shape, void* stream) {
   const auto launch_held = [&](auto kernel, int bytes) {
     shape.shared_bytes = bytes;
     return launch_kernel(kernel, shape, stream, params);
@@ -239,6 +257,13 @@ cudaError_t launch(const MoeExpandParams& params, bool vector, bool many, Launch
                                       MoeManyTraits<8, 1>::kSharedBytes)
                         : launch_held(moe_expand_many_kernel<T, Y, 8, 2>,
                                       MoeManyTraits<8, 2>::kSharedBytes);
+    }
+  }
+  if constexpr (sizeof(Y) == 2) {
+    if (units == 2) {
+      return narrow
+                 ? launch_held(moe_expand_kernel<T, Y, 4, 1, true, true, 2>, held_bytes<4, 1, 2>())
+                 : launch_held(moe_expand_kernel<T, Y, 8, 1, true, true, 2>, held_bytes<8, 1, 2>());
     }
   }
   if (narrow) {
@@ -263,8 +288,8 @@ cudaError_t launch(const MoeExpandParams& params, bool vector, bool many, Launch
 
 }  // namespace
 
-cudaError_t moe_expand(const MoeApplyParams& p, int splits) {
-  const MoeWorkspace at(p, splits);
+cudaError_t moe_expand(const MoeApplyParams& p, const MoeShrinkConfig& config) {
+  const MoeWorkspace at(p, config.splits);
   MoeExpandParams params{};
   params.routing = moe_routing(p);
   params.ranks = p.ranks;
@@ -278,12 +303,18 @@ cudaError_t moe_expand(const MoeApplyParams& p, int splits) {
   params.num_experts = p.num_experts;
   params.num_pairs = static_cast<int32_t>(p.num_pairs);
   params.max_rank = p.max_rank;
-  params.splits = splits;
+  params.splits = config.splits;
   params.xa_rank_stride = static_cast<int32_t>(at.rank_stride);
   params.num_slices = p.slices.count;
   const bool narrow = p.max_rank <= 16, vector = is_vector(p, narrow ? 4 : 8);
   const bool many = vector && p.y_dtype != DType::kFloat32 &&
                     moe_expand_is_many(p.num_pairs, moe_groups(p), p.max_rank);
+  const int sm_count = device_properties().sm_count;
+  const int warp_units =
+      vector && !many && p.y_dtype != DType::kFloat32
+          ? moe_expand_units(p.num_pairs, moe_groups(p), p.slices.offset[p.slices.count],
+                             p.max_rank, sm_count)
+          : 1;
   int units = 0;
   for (int i = 0; i < p.slices.count; ++i) {
     MoeExpandSlice& slice = params.slices[i];
@@ -294,20 +325,21 @@ cudaError_t moe_expand(const MoeApplyParams& p, int splits) {
     slice.first_row = p.b.first_row[i];
     slice.column_start = p.column_start[i];
     slice.width = p.slices.offset[i + 1] - p.slices.offset[i];
-    slice.units = static_cast<int32_t>(ceil_div(slice.width, kUnitColumns));
+    slice.units = static_cast<int32_t>(ceil_div(slice.width, warp_units * kUnitColumns));
     units += slice.units;
   }
   LaunchShape shape{};
   const int blocks = static_cast<int>(ceil_div(units, kMoeWarps));
   shape.grid = dim3(static_cast<unsigned>(blocks),
                     static_cast<unsigned>(moe_grid_tiles(p.num_pairs, moe_groups(p), blocks,
-                                                         device_properties().sm_count)));
+                                                         sm_count, 32 / warp_units)));
   shape.threads = kMoeThreads;
   shape.cluster = 1;
   shape.dependent = true;
+  shape.shared_percent = moe_shared_percent(config);
   return dispatch_half_output(p.dtype, p.y_dtype, [&](auto t, auto y) {
-    return launch<typename decltype(t)::type, typename decltype(y)::type>(params, vector, many,
-                                                                          shape, p.stream);
+    return launch<typename decltype(t)::type, typename decltype(y)::type>(
+        params, vector, many, warp_units, shape, p.stream);
   });
 }
 

@@ -19,7 +19,8 @@ struct MoeShrinkConfig {
   int blocks;      // CTAs that share a tile's rows
   int splits;      // CTAs that share K; each has a plane of the workspace, which the expand adds up
   int split_features;
-  int prefetch_features;  // of a part of K, brought to L2 ahead of time
+  int prefetch_features;   // of a part of K, brought to L2 ahead of time
+  int most_blocks_per_sm;  // 0: as many as fit
 };
 
 // A group for every pair, or all groups: a decode step's routing is close to that, and a prefill
@@ -49,10 +50,19 @@ inline MoeShrinkConfig moe_shrink_config(const MoeShape& s) {
   // A batch that waits for its loads, not for the bandwidth, gains from loads that begin before the
   // kernel may: 0.4 to 1 us at up to 64 tiles. Where A is more it would only be read in another
   // order.
-  constexpr int64_t kPrefetchBytes = 24 << 20;
-  const int64_t a_bytes = likely_moe_tiles(s.num_pairs, s.num_groups) * s.matrices * s.rows *
-                          std::max<int64_t>(s.in_features, 1) * 2;
-  config.prefetch_features = s.vector && a_bytes <= kPrefetchBytes ? config.split_features : 0;
+  constexpr int64_t kPrefetchBytes = 12 << 20;
+  const int64_t tiles = likely_moe_tiles(s.num_pairs, s.num_groups);
+  const int64_t a_bytes = tiles * s.matrices * s.rows * s.in_features * 2;
+  config.prefetch_features =
+      s.vector && tiles <= s.sm_count && a_bytes <= kPrefetchBytes ? config.split_features : 0;
+  // CTAs that come while the kernel before is at work crowd where that one has left. Where even
+  // shares of them are a few on each SM, no SM may have more.
+  const int64_t likely_blocks = tiles * config.blocks * config.splits;
+  const int64_t most_blocks = max_moe_tiles(s.num_pairs, std::min(s.num_pairs, s.num_groups)) *
+                              config.blocks * config.splits;
+  const int64_t per_sm = ceil_div(likely_blocks, s.sm_count);
+  const bool even = per_sm >= 2 && per_sm <= 4 && 4 * most_blocks <= 5 * per_sm * s.sm_count;
+  config.most_blocks_per_sm = config.prefetch_features == 0 && even ? static_cast<int>(per_sm) : 0;
   return config;
 }
 
@@ -63,11 +73,23 @@ inline bool moe_expand_is_many(int64_t num_pairs, int64_t num_groups, int max_ra
          (num_pairs / 16 >= num_groups || (max_rank > 16 && num_pairs > 2048));
 }
 
+// Units of 64 columns that a warp of the expand of few pairs takes, all loads of which are on their
+// way at once: two where a unit is small, ranks up to 32, and B is more than the CTAs of a wave
+// hold, 48 to 64 KB on an SM.
+inline int moe_expand_units(int64_t num_pairs, int64_t num_groups, int64_t columns, int max_rank,
+                            int sm_count) {
+  const int64_t b_bytes =
+      likely_moe_tiles(num_pairs, num_groups) * columns * (max_rank <= 16 ? 32 : 64);
+  return max_rank <= 32 && b_bytes > 64 * 1024 * int64_t{sm_count} ? 2 : 1;
+}
+
 // Rows of the grids over tiles: all that there can be while CTAs are few; beyond, each CTA takes
-// several, so that a routing of few groups does not launch thousands of CTAs that find nothing.
-inline int64_t moe_grid_tiles(int64_t num_pairs, int64_t num_groups, int blocks, int sm_count) {
+// several, so that a routing of few groups does not launch thousands of CTAs that find nothing. Of
+// CTAs that do more each there should be fewer.
+inline int64_t moe_grid_tiles(int64_t num_pairs, int64_t num_groups, int blocks, int sm_count,
+                              int most_per_sm = 32) {
   const int64_t most = max_moe_tiles(num_pairs, std::min(num_pairs, num_groups));
-  return std::max<int64_t>(1, std::min(most, ceil_div(32 * int64_t{sm_count}, blocks)));
+  return std::max<int64_t>(1, std::min(most, ceil_div(int64_t{most_per_sm} * sm_count, blocks)));
 }
 
 }  // namespace lora_ext

@@ -132,10 +132,15 @@ __global__ void __launch_bounds__(kMoeThreads, kRowBlocks == 4 && !kWide ? 2 : 3
 }
 
 template <typename T, int kRowBlocks, bool kWide, bool kVector>
-cudaError_t launch(const MoeShrinkParams& params, LaunchShape shape, void* stream) {
+cudaError_t launch(const MoeShrinkParams& params, LaunchShape shape, int most_blocks_per_sm,
+                   void* stream) {
   shape.shared_bytes = MoeShrinkTraits<kRowBlocks, kWide>::kSharedBytes;
   if (kWide && params.num_pairs <= kThirdBlockPairs) {
     shape.shared_bytes = std::max(shape.shared_bytes, kTwoBlocksBytes);
+  }
+  if (most_blocks_per_sm > 0) {  // as much shared memory as keeps another one out
+    const int bytes = device_properties().shared_bytes / (most_blocks_per_sm + 1);
+    shape.shared_bytes = std::max(shape.shared_bytes, std::min(bytes, kMaxSharedBytes));
   }
   return launch_kernel(moe_shrink_kernel<T, kRowBlocks, kWide, kVector>, shape, stream, params);
 }
@@ -177,28 +182,32 @@ cudaError_t moe_shrink(const MoeApplyParams& p, const MoeShrinkConfig& config) {
   for (int i = 0; i < num_matrices; ++i) {
     params.matrices[i] = {p.a.base[i], p.a.slot_stride[i], p.a.expert_stride[i], p.a.row_stride[i]};
   }
+  const bool vector = moe_shrink_is_vector(p), wide = params.blocks_per_matrix > 1;
+  // Two CTAs an SM: four waves, beyond which CTAs take several tiles each.
+  const int most_per_sm = wide && p.num_pairs <= kThirdBlockPairs ? 8 : 32;
   LaunchShape shape{};
   const int blocks = config.blocks * config.splits;
-  shape.grid = dim3(static_cast<unsigned>(blocks),
-                    static_cast<unsigned>(moe_grid_tiles(p.num_pairs, moe_groups(p), blocks,
-                                                         device_properties().sm_count)));
+  shape.grid =
+      dim3(static_cast<unsigned>(blocks),
+           static_cast<unsigned>(moe_grid_tiles(p.num_pairs, moe_groups(p), blocks,
+                                                device_properties().sm_count, most_per_sm)));
   shape.threads = kMoeThreads;
   shape.cluster = 1;
   shape.dependent = true;
-  const bool vector = moe_shrink_is_vector(p), wide = params.blocks_per_matrix > 1;
+  shape.shared_percent = moe_shared_percent(config);
   return dispatch_half(p.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     if (!vector) {
-      return launch<T, 1, false, false>(params, shape, p.stream);
+      return launch<T, 1, false, false>(params, shape, config.most_blocks_per_sm, p.stream);
     }
     switch (config.row_blocks) {
       case 1:
-        return launch<T, 1, false, true>(params, shape, p.stream);
+        return launch<T, 1, false, true>(params, shape, config.most_blocks_per_sm, p.stream);
       case 2:
-        return launch<T, 2, false, true>(params, shape, p.stream);
+        return launch<T, 2, false, true>(params, shape, config.most_blocks_per_sm, p.stream);
       default:
-        return wide ? launch<T, 4, true, true>(params, shape, p.stream)
-                    : launch<T, 4, false, true>(params, shape, p.stream);
+        return wide ? launch<T, 4, true, true>(params, shape, config.most_blocks_per_sm, p.stream)
+                    : launch<T, 4, false, true>(params, shape, config.most_blocks_per_sm, p.stream);
     }
   });
 }

@@ -149,13 +149,17 @@ void bind_moe(py::module_& m) {
       },
       "num_pairs"_a, "num_groups"_a);
   m.def("max_moe_tiles", &max_moe_tiles, "num_pairs"_a, "num_groups"_a);
-  m.def("moe_grid_tiles", &moe_grid_tiles, "num_pairs"_a, "num_groups"_a, "blocks"_a, "sm_count"_a);
+  m.def("moe_grid_tiles", &moe_grid_tiles, "num_pairs"_a, "num_groups"_a, "blocks"_a, "sm_count"_a,
+        "most_per_sm"_a = 32);
+  m.def("moe_expand_units", &moe_expand_units, py::kw_only(), "num_pairs"_a, "num_groups"_a,
+        "columns"_a, "max_rank"_a, "sm_count"_a);
   py::class_<MoeShrinkConfig>(m, "MoeShrinkConfig")
       .def_readonly("row_blocks", &MoeShrinkConfig::row_blocks)
       .def_readonly("blocks", &MoeShrinkConfig::blocks)
       .def_readonly("splits", &MoeShrinkConfig::splits)
       .def_readonly("split_features", &MoeShrinkConfig::split_features)
-      .def_readonly("prefetch_features", &MoeShrinkConfig::prefetch_features);
+      .def_readonly("prefetch_features", &MoeShrinkConfig::prefetch_features)
+      .def_readonly("most_blocks_per_sm", &MoeShrinkConfig::most_blocks_per_sm);
   m.def(
       "moe_shrink_config",
       [](int64_t num_pairs, int64_t num_groups, int64_t in_features, int matrices, int rows,
