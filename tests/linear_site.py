@@ -29,6 +29,8 @@ STREAMED_TOKENS = 16
 class Site:
     """A base layer wider than its slices, and the adapters of all slots."""
 
+    streamed_tokens = STREAMED_TOKENS
+
     def __init__(
         self,
         dtype: torch.dtype,
@@ -83,7 +85,7 @@ class Site:
             x.is_cuda
             and torch.cuda.get_device_capability() >= (9, 0)
             and x.dtype in (torch.bfloat16, torch.float16)
-            and x[..., 0].numel() <= STREAMED_TOKENS
+            and x[..., 0].numel() <= self.streamed_tokens
             and self.module.in_features % 8 == 0
             and not (overlap or batch_invariant)
         )

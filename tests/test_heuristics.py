@@ -162,6 +162,38 @@ def test_one_stream_of_weights_has_conditions(without: str) -> None:
     assert testing.linear_config(**size).blocks == 1
     assert testing.linear_config(**size, **{without: False}).blocks == 0
     assert testing.linear_config(**size, batch_invariant=True).blocks == 0
+    size |= {"num_tokens": 24, "max_rank": 16}
+    assert testing.linear_wgmma_cluster(**size) == 4
+    assert testing.linear_wgmma_cluster(**size, **{without: False}) == 0
+    assert testing.linear_wgmma_cluster(**size, batch_invariant=True) == 0
+
+
+@given(
+    num_tokens=TOKENS,
+    in_features=FEATURES,
+    out_features=FEATURES,
+    num_slices=st.integers(1, 8),
+    max_rank=st.integers(1, 64),
+    sm_count=SM_COUNTS,
+)
+def test_a_product_by_clusters_serves_a_few_dozen_tokens(
+    num_tokens: int, in_features: int, out_features: int, sm_count: int, **shape: int
+) -> None:
+    cluster = testing.linear_wgmma_cluster(
+        num_tokens=num_tokens,
+        in_features=in_features,
+        out_features=out_features,
+        sm_count=sm_count,
+        **shape,
+    )
+    assert 0 <= cluster <= 6
+    if cluster:
+        assert testing.LINEAR_MAX_TOKENS < num_tokens <= testing.LINEAR_WGMMA_MAX_TOKENS
+        assert shape["max_rank"] <= 16
+        assert in_features >= 256 * cluster
+        tiles = -(-out_features // 128)
+        assert 2 * tiles * cluster >= sm_count
+        assert cluster == 1 or tiles * cluster <= sm_count * 3 // 2
 
 
 @given(

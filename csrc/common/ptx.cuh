@@ -63,6 +63,14 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&out)[4], const void* row)
                : "r"(shared_address(row)));
 }
 
+// Of an 8 x 8 matrix of 16-bit values lane i has row i / 4, columns 2 (i % 4) and the next; it gets
+// those of the transposed one.
+__device__ __forceinline__ uint32_t transpose(uint32_t pair) {
+  uint32_t result;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(result) : "r"(pair));
+  return result;
+}
+
 // Copies 16 (8) bytes without a stop in registers; only the first `bytes` are read, the rest
 // becomes 0. kLine: where L2 has to ask memory, it asks for all 128 bytes of the line, which pays
 // where copies of the rest follow.
@@ -167,6 +175,15 @@ __device__ __forceinline__ void copy_box(void* to, const void* map, int c0, int 
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, "
       "%3, %4}], [%5];\n" ::"r"(shared_address(to)),
       "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(shared_address(barrier))
+      : "memory");
+}
+// Copies `bytes`, a multiple of 16, to shared memory; `barrier` counts them.
+__device__ __forceinline__ void copy_bulk(void* to, const void* from, int bytes,
+                                          uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+      "[%3];\n" ::"r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
       : "memory");
 }
 __device__ __forceinline__ void prefetch_map(const void* map) {

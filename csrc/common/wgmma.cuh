@@ -36,6 +36,17 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
 }
 
+// From here on the warpgroup's threads have that many registers, a multiple of 8; what some give
+// others may take.
+template <int kRegisters>
+__device__ __forceinline__ void more_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void fewer_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+}
+
 // d[64 x N] += a[64 x 16] b[N x 16]^T, asynchronously. With g = lane / 4, q = lane % 4, warp w of
 // the four: d[4 n + 2 h + e] is row 16 w + 8 h + g, column 8 n + 2 q + e.
 template <typename T, int kColumns>

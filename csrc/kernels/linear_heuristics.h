@@ -49,4 +49,29 @@ inline LinearConfig linear_config(const LinearShape& s) {
                              : 8};
 }
 
+// The same for a few dozen tokens on sm_90a (linear_wgmma.cu). More tokens, or ranks, are faster as
+// cuBLAS and two kernels behind it: 48 tokens of one adapter of rank 16 take 151 us a layer for
+// 149, 32 tokens of 32 adapters of rank 32 195 for 190. Here 32 tokens of rank 16 take 131 for 144
+// (one adapter) and 166 for 169 (32 of them).
+constexpr int64_t kLinearWgmmaMaxTokens = 32;
+constexpr int kLinearWgmmaMaxRank = 16;
+constexpr int kLinearTileRows = 128;  // of W, of a tile
+
+// CTAs that share a tile's K: as many as make one and a half on an SM, which cover each other's
+// beginnings and ends; more than six find no room for their cluster beside the others (`down`, 32
+// tokens: 34 us with six, 38 with eight). 0: another kernel, as where that leaves half the SMs
+// idle.
+inline int linear_wgmma_cluster(const LinearShape& s) {
+  constexpr int64_t kMostCluster = 6, kLeastFeatures = 256;
+  if (!s.half || !s.capable || !s.vector || s.batch_invariant || s.num_tokens <= kLinearMaxTokens ||
+      s.num_tokens > kLinearWgmmaMaxTokens || s.max_rank > kLinearWgmmaMaxRank ||
+      s.in_features < kLeastFeatures) {
+    return 0;
+  }
+  const int64_t tiles = ceil_div(s.out_features, kLinearTileRows);
+  const int64_t cluster = std::clamp<int64_t>(
+      s.sm_count * 3 / 2 / tiles, 1, std::min(kMostCluster, s.in_features / kLeastFeatures));
+  return 2 * tiles * cluster < s.sm_count ? 0 : static_cast<int>(cluster);
+}
+
 }  // namespace lora_ext

@@ -169,8 +169,13 @@ std::optional<Tensor> streamed(const ApplyParams& params, const Tensor& x, const
   if (bias.has_value()) {
     both.bias = bias->data_ptr();
   }
-  if (weight.stride(1) != 1 || (bias.has_value() && bias->stride(0) != 1) ||
-      !cuda::linear_decode_takes(both)) {
+  if (weight.stride(1) != 1 || (bias.has_value() && bias->stride(0) != 1)) {
+    return std::nullopt;
+  }
+  const auto kernel = cuda::linear_decode_takes(both)  ? cuda::linear_decode
+                      : cuda::linear_wgmma_takes(both) ? cuda::linear_wgmma
+                                                       : nullptr;
+  if (kernel == nullptr) {
     return std::nullopt;
   }
   std::vector<int64_t> sizes;
@@ -184,7 +189,7 @@ std::optional<Tensor> streamed(const ApplyParams& params, const Tensor& x, const
   both.apply.y_dtype = params.dtype;
   const Tensor workspace = empty_accumulator(x, params.dtype, {cuda::apply_workspace(both.apply)});
   both.apply.workspace = workspace.mutable_data_ptr();
-  launch("lora_linear", x, both, nullptr, cuda::linear_decode);
+  launch("lora_linear", x, both, nullptr, kernel);
   return y;
 }
 #endif

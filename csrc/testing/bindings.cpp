@@ -68,16 +68,22 @@ void bind_linear(py::module_& m) {
       .def_readonly("blocks", &LinearConfig::blocks)
       .def_readonly("groups", &LinearConfig::groups);
   m.attr("LINEAR_MAX_TOKENS") = kLinearMaxTokens;
-  m.def(
-      "linear_config",
-      [](int64_t num_tokens, int64_t in_features, int64_t out_features, int num_slices,
-         int max_rank, int sm_count, bool half, bool capable, bool vector, bool batch_invariant) {
-        return linear_config({num_tokens, in_features, out_features, num_slices, max_rank, sm_count,
-                              half, capable, vector, batch_invariant});
-      },
-      py::kw_only(), "num_tokens"_a, "in_features"_a, "out_features"_a, "num_slices"_a,
-      "max_rank"_a, "sm_count"_a = 132, "half"_a = true, "capable"_a = true, "vector"_a = true,
-      "batch_invariant"_a = false);
+  m.attr("LINEAR_WGMMA_MAX_TOKENS") = kLinearWgmmaMaxTokens;
+  const auto bind = [&](const char* name, auto choose) {
+    m.def(
+        name,
+        [choose](int64_t num_tokens, int64_t in_features, int64_t out_features, int num_slices,
+                 int max_rank, int sm_count, bool half, bool capable, bool vector,
+                 bool batch_invariant) {
+          return choose({num_tokens, in_features, out_features, num_slices, max_rank, sm_count,
+                         half, capable, vector, batch_invariant});
+        },
+        py::kw_only(), "num_tokens"_a, "in_features"_a, "out_features"_a, "num_slices"_a,
+        "max_rank"_a, "sm_count"_a = 132, "half"_a = true, "capable"_a = true, "vector"_a = true,
+        "batch_invariant"_a = false);
+  };
+  bind("linear_config", linear_config);
+  bind("linear_wgmma_cluster", linear_wgmma_cluster);
 }
 
 void bind_shrink(py::module_& m) {

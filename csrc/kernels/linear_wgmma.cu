@@ -1,0 +1,113 @@
+// lora_linear of a few dozen tokens on sm_90a: the decode shrink, and beside it a product of W that
+// takes the expand along (linear_wgmma.cuh).
+#include "kernels/decode_batch.cuh"
+#include "kernels/kernels.h"
+#include "kernels/launch.cuh"
+#include "kernels/linear_wgmma.cuh"
+
+namespace lora_ext::cuda {
+namespace {
+
+// Three stages, so that two CTAs fit an SM with room for a shrink.
+using Traits = LinearWgmmaTraits<kLinearWgmmaMaxTokens, 3>;
+
+// Whether the machine code that this device runs is sm_90a's. Asked once per device.
+bool has_kernel() {
+  constexpr int kMaxDevices = 64;
+  static std::array<std::atomic<int>, kMaxDevices> cache{};  // 0: not asked yet, 1: no, 2: yes
+  int device = 0;
+  cudaGetDevice(&device);
+  int known = device < kMaxDevices ? cache[device].load(std::memory_order_relaxed) : 0;
+  if (known == 0) {
+    cudaFuncAttributes attributes{};
+    const cudaError_t error =
+        cudaFuncGetAttributes(&attributes, linear_wgmma_kernel<__nv_bfloat16, Traits>);
+    known = error == cudaSuccess && attributes.maxThreadsPerBlock >= kLinearWgmmaThreads ? 2 : 1;
+    if (device < kMaxDevices) {
+      cache[device].store(known, std::memory_order_relaxed);
+    }
+  }
+  return known == 2;
+}
+
+// B as rows one behind the other, which bulk copies can take.
+bool has_bulk_rows(const ApplyParams& p) {
+  if (p.b.slot_offsets != nullptr || p.max_rank % 8 != 0) {
+    return false;
+  }
+  for (int i = 0; i < p.slices.count; ++i) {
+    if (p.b.row_stride[i] != p.max_rank) {
+      return false;
+    }
+  }
+  return is_multiple(p.b, p.slices.count, 8, 16);
+}
+
+int cluster_of(const LinearParams& p) {
+  const DeviceProperties device = device_properties();
+  LinearShape shape{};
+  shape.num_tokens = p.apply.num_tokens;
+  shape.in_features = p.apply.in_features;
+  shape.out_features = p.out_features;
+  shape.num_slices = p.apply.slices.count;
+  shape.max_rank = p.apply.max_rank;
+  shape.sm_count = device.sm_count;
+  shape.half = p.apply.dtype == DType::kFloat16 || p.apply.dtype == DType::kBFloat16;
+  shape.capable = device.clusters && has_kernel() && has_tensor_maps();
+  shape.vector = is_multiple(p.apply.x, p.apply.x_stride, 8, 16) &&
+                 is_multiple(p.weight, p.weight_stride, 8, 16) && p.apply.in_features % 8 == 0 &&
+                 p.apply.x_stride >= p.apply.in_features &&
+                 p.weight_stride >= p.apply.in_features && has_bulk_rows(p.apply);
+  shape.batch_invariant = p.apply.batch_invariant;
+  return linear_wgmma_cluster(shape);
+}
+
+template <typename T>
+cudaError_t launch_linear(const LinearParams& p, int cluster) {
+  const ApplyParams& apply = p.apply;
+  LinearWgmmaParams d{};
+  d.batch = decode_batch(apply, apply_config_of(apply));
+  d.bias = p.bias;
+  d.y = apply.y;
+  d.y_stride = apply.y_stride;
+  d.out_features = static_cast<int32_t>(p.out_features);
+  d.pairs = is_multiple(apply.y, apply.y_stride, 2, 4) && p.out_features % 2 == 0;
+  for (int i = 0; i < apply.slices.count; ++i) {
+    d.slices[i] = {apply.b.base[i], apply.b.slot_stride[i], apply.slices.offset[i],
+                   apply.slices.offset[i + 1], static_cast<int32_t>(apply.b.first_row[i])};
+  }
+  LinearMaps maps;
+  if (!encode_map(maps.weight, apply.dtype,
+                  {p.weight, apply.in_features, p.out_features, p.weight_stride},
+                  kLinearTileRows) ||
+      !encode_map(maps.x, apply.dtype,
+                  {apply.x, apply.in_features, apply.num_tokens, apply.x_stride},
+                  Traits::kTokens)) {
+    return cudaErrorInvalidValue;
+  }
+  LaunchShape shape{};
+  shape.grid = dim3(static_cast<unsigned>(ceil_div(p.out_features, kLinearTileRows) * cluster));
+  shape.threads = kLinearWgmmaThreads;
+  shape.shared_bytes = Traits::shared_bytes(apply.max_rank, cluster);
+  shape.cluster = cluster;
+  shape.dependent = true;
+  return launch_kernel(linear_wgmma_kernel<T, Traits>, shape, p.stream, d, maps, cluster);
+}
+
+}  // namespace
+
+bool linear_wgmma_takes(const LinearParams& p) { return cluster_of(p) != 0; }
+
+int linear_wgmma(const LinearParams& p) {
+  ApplyParams shrink = p.apply;
+  shrink.stream = p.stream;
+  const int error = apply_shrink(shrink);
+  if (error != 0) {
+    return error;
+  }
+  return dispatch_half(p.apply.dtype, [&](auto t) {
+    return launch_linear<typename decltype(t)::type>(p, cluster_of(p));
+  });
+}
+
+}  // namespace lora_ext::cuda
