@@ -1,7 +1,7 @@
-#include "kernels/tensor_map.h"
-
 #include <cudaTypedefs.h>
 #include <cuda_runtime.h>
+
+#include "kernels/tensor_map.h"
 
 namespace lora_ext::cuda {
 namespace {
