@@ -30,8 +30,8 @@ inline int64_t likely_moe_tiles(int64_t num_pairs, int64_t num_groups) {
 }
 
 // As many rows in a CTA as x is to be read for, up to 64, where registers end. K is split while all
-// CTAs stay resident (two to an SM) and each has 256 values of it, eight loads for each lane of its
-// four warps: fewer would not be worth another plane for the expand to read. The split does not
+// CTAs stay resident (two to an SM) and each has 384 values of it, 12 loads for each lane of its
+// four warps: fewer are not worth another plane for the expand to read. The split does not
 // depend on how the weights lie in memory, so neither do the bits of a result.
 inline MoeShrinkConfig moe_shrink_config(const MoeShape& s) {
   constexpr int kMaxSplits = 16, kMostRows = 64;
@@ -41,7 +41,7 @@ inline MoeShrinkConfig moe_shrink_config(const MoeShape& s) {
   const int64_t ctas = likely_moe_tiles(s.num_pairs, s.num_groups) *
                        ceil_div(int64_t{s.matrices} * s.rows, kMostRows);
   int splits = 1;
-  while (splits < kMaxSplits && s.in_features >= 512 * splits &&
+  while (splits < kMaxSplits && s.in_features >= 768 * splits &&
          2 * splits * ctas <= 2 * s.sm_count) {
     splits *= 2;
   }
