@@ -128,6 +128,36 @@ def test_batch_invariant_means_one_choice_for_all_batches(tokens: list[int], **s
 
 
 @given(
+    capacity=st.integers(1, 300),
+    in_features=FEATURES,
+    num_slices=st.integers(1, 8),
+    max_rank=st.integers(33, 128),
+    sm_count=SM_COUNTS,
+)
+def test_the_grid_has_room_for_every_part_of_wide_tiles(capacity: int, **shape: int) -> None:
+    split = testing.wide_split(**shape)
+    assert split.row_groups * 64 >= shape["num_slices"] * shape["max_rank"]
+    parts = [split.parts(tiles) for tiles in range(1, capacity + 1)]
+    assert parts == sorted(parts, reverse=True) and parts[-1] >= 1
+    assert max(tiles * n for tiles, n in enumerate(parts, 1)) <= split.all_parts(capacity)
+    assert parts[0] == 1 or parts[0] * 5 * 64 <= shape["in_features"]
+
+
+def test_wide_tiles_are_for_many_tokens_of_large_adapters() -> None:
+    qkv = {"in_features": 8192, "out_features": 10240, "num_slices": 3, "max_rank": 128}
+    assert testing.decode_is_wide(num_tokens=200, num_slots=8, **qkv)
+    assert not testing.decode_is_wide(num_tokens=200, num_slots=64, **qkv)
+    assert not testing.decode_is_wide(num_tokens=8, num_slots=1, **qkv)
+    assert not testing.decode_is_wide(num_tokens=257, num_slots=8, **qkv)
+    assert not testing.decode_is_wide(num_tokens=200, num_slots=8, **qkv, half=False)
+    assert not testing.decode_is_wide(num_tokens=200, num_slots=8, **qkv, batch_invariant=True)
+    for max_rank in (32, 256):
+        assert not testing.decode_is_wide(
+            num_tokens=200, num_slots=8, **{**qkv, "max_rank": max_rank}
+        )
+
+
+@given(
     num_tokens=TOKENS,
     in_features=FEATURES,
     out_features=FEATURES,
@@ -310,7 +340,8 @@ def test_the_decode_expand_streams_where_its_grid_would_be_large(**shape: int) -
     ctas = [testing.decode_stream_ctas(num_tokens=2**i, resident=3, **shape) for i in range(9)]
     assert ctas == sorted(ctas)
     assert set(ctas) <= {0, 3 * shape["sm_count"]}
-    most = (5 if shape["max_rank"] <= 16 else 6) * shape["sm_count"]
+    rank, sm_count = shape["max_rank"], shape["sm_count"]
+    most = 5 * sm_count if rank <= 16 else 6 * sm_count if rank <= 64 else 2 * sm_count // 3
     assert (ctas[0] == 0) == (shape["blocks"] <= most)  # one token, one tile
 
 

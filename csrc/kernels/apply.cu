@@ -1,8 +1,10 @@
-// lora_apply_: the decode kernels for few tokens, else the wide shrink and expand.
+// lora_apply_: the decode kernels for few tokens, those of wide tiles where their slots may have
+// many, else the wide shrink and expand.
 #include "kernels/decode_batch.cuh"
 #include "kernels/decode_expand.cuh"
 #include "kernels/decode_expand_stream.cuh"
 #include "kernels/decode_shrink.cuh"
+#include "kernels/decode_wide.h"
 #include "kernels/kernels.h"
 #include "kernels/launch.cuh"
 #include "kernels/wide_apply.h"
@@ -99,9 +101,11 @@ int64_t apply_workspace(const ApplyParams& p) {
   const ApplyConfig config = apply_config_of(p);
   const int64_t columns = int64_t{p.slices.count} * p.max_rank;
   if (config.decode) {
-    return config.split_rules.all_parts(num_tiles(p)) * columns * kTileTokens;
+    // Without regard to how the tensors lie: the halves of an apply know different ones of them.
+    const ApplyShape shape = apply_shape_of(p);
+    const int64_t wide = decode_is_wide(shape) ? decode_wide_workspace(p, wide_split(shape)) : 0;
+    return std::max(config.split_rules.all_parts(num_tiles(p)) * columns * kTileTokens, wide);
   }
-  // Without regard to how the tensors lie: the halves of an apply know different ones of them.
   return std::max(p.num_tokens * columns, shrink_layout_elements(shrink_of(p)));
 }
 
@@ -121,7 +125,11 @@ int apply_expand(const ApplyParams& p, bool after_shrink) {
 }
 
 int apply(const ApplyParams& p) {
-  if (apply_config_of(p).decode) {
+  const ApplyShape shape = apply_shape_of(p);
+  if (decode_is_wide(shape) && decode_wide_takes(p)) {
+    return decode_wide(p, wide_split(shape));
+  }
+  if (apply_config(shape).decode) {
     const int error = apply_shrink(p);
     return error != 0 ? error : apply_expand(p, true);
   }

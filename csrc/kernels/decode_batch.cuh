@@ -6,18 +6,21 @@
 
 namespace lora_ext::cuda {
 
-inline ApplyConfig apply_config_of(const ApplyParams& p) {
+inline ApplyShape apply_shape_of(const ApplyParams& p) {
   ApplyShape shape{};
   shape.num_tokens = p.num_tokens;
   shape.num_slots = p.plan.num_slots;
   shape.in_features = p.in_features;
+  shape.out_features = p.slices.offset[p.slices.count];
   shape.num_slices = p.slices.count;
   shape.max_rank = p.max_rank;
   shape.sm_count = device_properties().sm_count;
   shape.half = p.dtype != DType::kFloat32;
   shape.batch_invariant = p.batch_invariant;
-  return apply_config(shape);
+  return shape;
 }
+
+inline ApplyConfig apply_config_of(const ApplyParams& p) { return apply_config(apply_shape_of(p)); }
 
 inline int64_t num_tiles(const ApplyParams& p) {
   return max_tiles(p.num_tokens, p.plan.num_slots, kTileTokens);

@@ -64,7 +64,7 @@ inline int64_t max_tiles(int64_t num_tokens, int64_t num_slots, int tile_tokens)
 }
 
 struct ApplyShape {
-  int64_t num_tokens, num_slots, in_features;
+  int64_t num_tokens, num_slots, in_features, out_features;
   int num_slices, max_rank;
   int sm_count;
   bool half;             // x and the weights have 16 bits: tensor cores
@@ -181,13 +181,65 @@ inline ApplyConfig apply_config(const ApplyShape& s) {
           small ? kSharedPercent : -1};
 }
 
+// Into how many parts the shrink of wide tiles cuts K: as many as have room, chosen on the device.
+struct WideSplit {
+  int32_t most_parts;  // of a tile
+  int32_t most_ctas;   // of a row group
+  int32_t row_groups;  // CTAs that share a part's rows of A
+
+  LORA_EXT_HOST_DEVICE int parts(int num_tiles) const {
+    const int fitting = small_quotient(most_ctas, num_tiles > 0 ? num_tiles : 1);
+    return fitting < 1 ? 1 : fitting < most_parts ? fitting : most_parts;
+  }
+  // Most parts of up to `capacity` tiles together.
+  int64_t all_parts(int64_t capacity) const {
+    return std::max(capacity, std::min<int64_t>(capacity * most_parts, most_ctas));
+  }
+};
+
+constexpr int kWideMostRank = 128;  // that the expand's shared memory holds for 64 tokens
+constexpr int kWideRows = 64;       // of A, that a CTA of the shrink takes
+
+// Where the decode kernels would read much from L2, a slot's weights for each 16 tokens, and slots
+// may have many tokens: if all of the pool are in use 6, above rank 64, where x is read again for
+// each 32 rows (70b qkv, rank 128: T200 shared 36.4 -> 19.4 us, of eight slots 53 -> 33; `down`,
+// T50 of eight slots 32 -> 29), else 16 (qkv, rank 64: T128 shared 11.4 -> 9.7, but T100 of eight
+// slots 17.9 -> 20.9).
+inline bool decode_is_wide(const ApplyShape& s) {
+  constexpr int64_t kMuch = 16 << 20;
+  if (!s.half || s.batch_invariant || s.num_tokens > kDecodeMaxTokens || s.max_rank <= 32 ||
+      s.max_rank > kWideMostRank) {
+    return false;
+  }
+  const int64_t weights = int64_t{2} * s.max_rank * (s.num_slices * s.in_features + s.out_features);
+  return ceil_div(s.num_tokens, kTileTokens) * weights > kMuch &&
+         s.num_tokens >= s.num_slots * (s.max_rank > 64 ? 6 : 16);
+}
+
+// A part has at least five steps of 64 values of K, or what it costs to add it up counts for more.
+// Two CTAs an SM, but one where a part's rows are one CTA's: the expand then is resident beside it
+// (`down`, rank 64, T256 shared: 12.2 -> 11.1 us).
+inline WideSplit wide_split(const ApplyShape& s) {
+  constexpr int64_t kStep = 64, kMostParts = 64;
+  const int64_t rows = s.num_slices * ceil_div(s.max_rank, 16) * 16;
+  const int64_t row_groups = ceil_div(rows, kWideRows);
+  return {static_cast<int32_t>(std::clamp<int64_t>(s.in_features / (5 * kStep), 1, kMostParts)),
+          static_cast<int32_t>(
+              std::max<int64_t>((row_groups == 1 ? 1 : 2) * s.sm_count / row_groups, 1)),
+          static_cast<int32_t>(row_groups)};
+}
+
 // CTAs of the decode expand that walk along the rows of y, `resident` on an SM; 0: one CTA for each
 // of a tile's `blocks`, which begins sooner and leaves the shrink more room, as long as they are no
-// more than a wave of them, or half as many again where B is what they wait for. (gate_up, 32
-// adapters of rank 16: 25.7 -> 19.6 us; but qkv, 32 adapters of rank 64: 27.3 -> 30.0.)
+// more than a wave of them, or half as many again where B is what they wait for (gate_up, 32
+// adapters of rank 16: 25.7 -> 19.6 us; but qkv, 32 adapters of rank 64: 27.3 -> 30.0). Above rank
+// 64, where a block is four steps of B or more, as long as they are two on three SMs (`down`, rank
+// 128: 3 tokens of 3 adapters 17.6 -> 15.0 us, 1 token 8.2 -> 10.5).
 inline int64_t decode_stream_ctas(int64_t num_tokens, int64_t num_slots, int64_t blocks,
                                   int max_rank, int resident, int sm_count) {
-  const int64_t most = int64_t{max_rank <= 16 ? 5 : 6} * sm_count;
+  const int64_t most = max_rank <= 16   ? int64_t{5} * sm_count
+                       : max_rank <= 64 ? int64_t{6} * sm_count
+                                        : int64_t{2} * sm_count / 3;
   const bool many = likely_tiles(num_tokens, num_slots, kTileTokens) * blocks > most;
   return many ? int64_t{resident} * sm_count : 0;
 }

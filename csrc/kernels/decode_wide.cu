@@ -1,0 +1,112 @@
+// Launches the decode apply of wide tiles (decode_wide.cuh).
+#include "kernels/decode_wide.h"
+#include "kernels/decode_wide_expand.cuh"
+#include "kernels/launch.cuh"
+
+namespace lora_ext::cuda {
+namespace {
+
+// Whether the machine code that this device runs has wgmma, asked once per device.
+bool has_kernels() {
+  constexpr int kMaxDevices = 64;
+  static std::array<std::atomic<int>, kMaxDevices> cache{};  // 0: not asked yet, 1: no, 2: yes
+  int device = 0;
+  cudaGetDevice(&device);
+  int known = device < kMaxDevices ? cache[device].load(std::memory_order_relaxed) : 0;
+  if (known == 0) {
+    cudaFuncAttributes attributes{};
+    const cudaError_t error =
+        cudaFuncGetAttributes(&attributes, decode_wide_shrink_kernel<__nv_bfloat16>);
+    known = error == cudaSuccess && attributes.maxThreadsPerBlock > 32 ? 2 : 1;
+    if (device < kMaxDevices) {
+      cache[device].store(known, std::memory_order_relaxed);
+    }
+  }
+  return known == 2;
+}
+
+WideWork wide_work(const ApplyParams& p, const WideSplit& split) {
+  const int64_t tiles = max_tiles(p.num_tokens, p.plan.num_slots, kWideTileTokens);
+  const int64_t columns = int64_t{p.slices.count} * padded_rank(p.max_rank);
+  WideWork work{};
+  work.split = split;
+  work.most_tiles = static_cast<int32_t>(tiles);
+  work.columns = static_cast<int32_t>(columns);
+  work.parts = static_cast<float*>(p.workspace);
+  float* halves = work.parts + split.all_parts(tiles) * kWideTileTokens * columns;
+  work.halves = reinterpret_cast<uint4*>(halves);
+  // Quads are those of 128 ranks at most.
+  work.scales = halves + tiles * kWideTileTokens * p.slices.count * kWideMostRank;
+  return work;
+}
+
+template <typename T>
+cudaError_t launch_shrink(const ApplyParams& p, const WideWork& work) {
+  LaunchShape shape{};
+  shape.grid =
+      dim3(static_cast<unsigned>(work.split.all_parts(work.most_tiles) * work.split.row_groups));
+  shape.threads = WideShrinkTraits::kThreads;
+  shape.shared_bytes = WideShrinkTraits::kSharedBytes;
+  shape.cluster = 1;
+  shape.dependent = true;
+  return launch_kernel(decode_wide_shrink_kernel<T>, shape, p.stream, p, work);
+}
+
+// As many CTAs of the sum as have room beside those of the shrink, and of the expand as are
+// resident at once.
+template <typename T, typename Y, int kSteps>
+cudaError_t launch_expand(const ApplyParams& p, const WideWork& work) {
+  int64_t blocks = 0;
+  for (int i = 0; i < p.slices.count; ++i) {
+    blocks += ceil_div(p.slices.offset[i + 1] - p.slices.offset[i], kWideColumns);
+  }
+  const int64_t most = 2 * device_properties().sm_count;
+  const int64_t rows = int64_t{work.most_tiles} * kWideTileTokens * p.slices.count;
+  LaunchShape shape{};
+  shape.grid = dim3(static_cast<unsigned>(std::min(ceil_div(rows * kSteps, 8), most)));
+  shape.threads = kWideThreads;
+  shape.cluster = 1;
+  shape.dependent = true;
+  const cudaError_t error =
+      launch_kernel(decode_wide_sum_kernel<T, kSteps>, shape, p.stream, p, work);
+  if (error != cudaSuccess) {
+    return error;
+  }
+  shape.grid = dim3(static_cast<unsigned>(std::min(work.most_tiles * blocks, most)));
+  shape.shared_bytes = WideExpandTraits<Y, kSteps>::kSharedBytes;
+  return launch_kernel(decode_wide_expand_kernel<T, Y, kSteps>, shape, p.stream, p, work,
+                       static_cast<int>(blocks));
+}
+
+}  // namespace
+
+bool decode_wide_takes(const ApplyParams& p) {
+  bool vector = is_multiple(p.x, p.x_stride, 8, 16) && p.in_features % 8 == 0 &&
+                is_multiple(p.y, p.y_stride, 8, 16) && p.a.slot_offsets == nullptr &&
+                p.b.slot_offsets == nullptr && is_multiple(p.a, p.slices.count, 8, 16) &&
+                is_multiple(p.b, p.slices.count, 8, 16);
+  for (int i = 0; i < p.slices.count; ++i) {
+    vector &= p.slices.offset[i + 1] % 8 == 0;
+  }
+  return vector && p.max_rank <= kWideMostRank && has_kernels();
+}
+
+int64_t decode_wide_workspace(const ApplyParams& p, const WideSplit& split) {
+  const WideWork work = wide_work(p, split);
+  return work.scales - work.parts + int64_t{work.most_tiles} * kWideTileTokens * p.slices.count;
+}
+
+int decode_wide(const ApplyParams& p, const WideSplit& split) {
+  const WideWork work = wide_work(p, split);
+  return dispatch_half_output(p.dtype, p.y_dtype, [&](auto t, auto y) {
+    using T = typename decltype(t)::type;
+    using Y = typename decltype(y)::type;
+    const cudaError_t error = launch_shrink<T>(p, work);
+    if (error != cudaSuccess) {
+      return error;
+    }
+    return p.max_rank <= 64 ? launch_expand<T, Y, 4>(p, work) : launch_expand<T, Y, 8>(p, work);
+  });
+}
+
+}  // namespace lora_ext::cuda
