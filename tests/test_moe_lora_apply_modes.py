@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -40,6 +42,28 @@ def test_the_same_bits_again_and_for_any_number_of_threads(device):
         apply_(again, x, module, module.weights(), batch)
         assert_same_bits(again, first)
     torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("num_tokens", [3, 12, 40])
+def test_a_routing_that_was_another_one_just_before(device, num_tokens):
+    # The kernels of a small batch look at the routing before the one that writes it has ended.
+    gen = generator("another routing", num_tokens)
+    module = make_moe([16, 5, 0, 12], 8, 1536, [64, 64], torch.bfloat16, device)
+    batches = [random_batch(num_tokens, 2, module, device, gen) for _ in range(8)]
+    calls = [tensors(module, batch, False, gen) for batch in batches]
+    weights = module.weights()
+    wants = [y.clone() for y, _ in calls]
+    for want, (_, x), batch in zip(wants, calls, batches, strict=True):
+        apply_(want, x, module, weights, batch)
+    routing = torch.full_like(batches[0].routing, -1)
+    sizes = dict(num_slots=module.num_slots, num_experts=module.num_experts)
+    for _ in range(5):
+        gots = [y.clone() for y, _ in calls]
+        for got, (_, x), batch in zip(gots, calls, batches, strict=True):
+            ops.moe_lora_align_(routing, batch.topk_ids, batch.token_slots, **sizes)
+            apply_(got, x, module, weights, replace(batch, routing=routing))
+        for got, want in zip(gots, wants, strict=True):
+            assert_same_bits(got, want)
 
 
 def test_offsets_beyond_2_to_the_31(device):
