@@ -48,13 +48,13 @@ inline MoeShrinkConfig moe_shrink_config(const MoeShape& s) {
   config.split_features = static_cast<int>(ceil_div(ceil_div(s.in_features, splits), 128) * 128);
   config.splits = std::max(1, static_cast<int>(ceil_div(s.in_features, config.split_features)));
   // A batch that waits for its loads, not for the bandwidth, gains from loads that begin before the
-  // kernel may: 0.4 to 1 us at up to 64 tiles. Where A is more it would only be read in another
-  // order.
-  constexpr int64_t kPrefetchBytes = 12 << 20;
+  // kernel may: 0.4 to 1 us where tiles are no more than two on an SM. Where A is more it would
+  // only be read in another order.
+  constexpr int64_t kPrefetchBytes = 8 << 20;
   const int64_t tiles = likely_moe_tiles(s.num_pairs, s.num_groups);
   const int64_t a_bytes = tiles * s.matrices * s.rows * s.in_features * 2;
   config.prefetch_features =
-      s.vector && tiles <= s.sm_count && a_bytes <= kPrefetchBytes ? config.split_features : 0;
+      s.vector && tiles <= 2 * s.sm_count && a_bytes <= kPrefetchBytes ? config.split_features : 0;
   // CTAs that come while the kernel before is at work crowd where that one has left. Where even
   // shares of them are a few on each SM, no SM may have more.
   const int64_t likely_blocks = tiles * config.blocks * config.splits;
