@@ -8,8 +8,8 @@
 namespace lora_ext::cuda {
 namespace {
 
-// Three stages, so that two CTAs fit an SM with room for a shrink.
-using Traits = LinearWgmmaTraits<kLinearWgmmaMaxTokens, 3>;
+// Four stages, so that two CTAs fit an SM with room for a shrink.
+using Traits = LinearWgmmaTraits<kLinearWgmmaMaxTokens, 4>;
 
 // Whether the machine code that this device runs is sm_90a's. Asked once per device.
 bool has_kernel() {

@@ -9,7 +9,7 @@
 //
 // One more warp brings together what the adapters need while the product is under way: the batch's
 // slots, and xa of the CTA's groups as soon as the shrink, which was launched just before, has left
-// it. B comes through the ring, behind W. The expand is then a few products on the sums in
+// it. B comes through the ring, amid W. The expand is then a few products on the sums in
 // registers, whose layout mma.sync shares: 16 rows by 8 tokens, for each slot that has one of them.
 #pragma once
 
@@ -106,6 +106,9 @@ constexpr int kLinearWgmmaBound = 32;  // tells the launcher that the kernel is 
 // `cluster`.
 struct LinearPart {
   int cluster, member, first_row, begin, end;  // begin, end: steps of K
+  // The step before which the adapters come, for which the stream of W waits: in the midst of it,
+  // at another place for every second CTA, so that the other one of an SM streams meanwhile.
+  int middle;
 
   __device__ __forceinline__ LinearPart(const LinearWgmmaParams& p, int cluster_)
       : cluster(cluster_), member(cluster_ > 1 ? device::cluster_rank() : 0) {
@@ -113,6 +116,8 @@ struct LinearPart {
     const int steps = (p.batch.in_features + kBoxColumns - 1) / kBoxColumns;
     begin = steps * member / cluster;
     end = steps * (member + 1) / cluster;
+    const bool late = (blockIdx.x / cluster + member) % 2 != 0;
+    middle = begin + (end - begin) * (late ? 7 : 4) / 8;
   }
   template <int kGroups>
   __device__ __forceinline__ uint32_t groups() const {
@@ -159,19 +164,22 @@ __device__ __forceinline__ void copy_boxes(const LinearWgmmaParams& p, const Lin
       stage = 0, turn ^= 1;
     }
   };
+  const auto copy_steps = [&](int first, int end) {
 #pragma unroll 1
-  for (int step = part.begin; step < part.end; ++step) {
-    if (leads) {
-      device::barrier_wait(&shared.empty[stage], turn);
-      uint64_t* full = &shared.full[stage];
-      device::barrier_arrive_expecting(full, Traits::kStageBytes);
-      unsigned char* to = shared.ring + stage * Traits::kStageBytes;
-      device::copy_box(to, &maps.weight, step * kBoxColumns, part.first_row, full);
-      device::copy_box(to + Traits::kWeightBytes, &maps.x, step * kBoxColumns, 0, full);
+    for (int step = first; step < end; ++step) {
+      if (leads) {
+        device::barrier_wait(&shared.empty[stage], turn);
+        uint64_t* full = &shared.full[stage];
+        device::barrier_arrive_expecting(full, Traits::kStageBytes);
+        unsigned char* to = shared.ring + stage * Traits::kStageBytes;
+        device::copy_box(to, &maps.weight, step * kBoxColumns, part.first_row, full);
+        device::copy_box(to + Traits::kWeightBytes, &maps.x, step * kBoxColumns, 0, full);
+      }
+      advance();
     }
-    advance();
-  }
-  __syncwarp();
+    __syncwarp();
+  };
+  copy_steps(part.begin, part.middle);
   device::barrier_wait(&shared.found, 0);
   const uint32_t own = part.groups<Traits::kGroups>();
   for (int slice = 0; slice < p.batch.num_slices && shared.entries > 0; ++slice) {
@@ -203,6 +211,7 @@ __device__ __forceinline__ void copy_boxes(const LinearWgmmaParams& p, const Lin
       advance();
     }
   }
+  copy_steps(part.middle, part.end);
 }
 
 // By the helpers: the batch's slots, and of each the groups of tokens.
@@ -475,51 +484,34 @@ __device__ __forceinline__ void multiply(const LinearWgmmaParams& p,
   for (int i = 0; i < Traits::kTokens / 2; ++i) {
     sums[i] = 0.0f;
   }
-  int used = -1;
+  const auto products = [&](int count) {
+    int used = -1;
 #pragma unroll 1
-  for (int step = part.begin; step < part.end; ++step) {
-    device::barrier_wait(&shared.full[stage], turn);
-    const unsigned char* data = shared.ring + stage * Traits::kStageBytes;
-    const uint64_t weights = device::swizzled_tile(data + group * (Traits::kWeightBytes / 2));
-    const uint64_t tokens = device::swizzled_tile(data + Traits::kWeightBytes);
-    device::wgmma_fence();
+    for (; count > 0; --count) {
+      device::barrier_wait(&shared.full[stage], turn);
+      const unsigned char* data = shared.ring + stage * Traits::kStageBytes;
+      const uint64_t weights = device::swizzled_tile(data + group * (Traits::kWeightBytes / 2));
+      const uint64_t tokens = device::swizzled_tile(data + Traits::kWeightBytes);
+      device::wgmma_fence();
 #pragma unroll
-    for (int kk = 0; kk < kBoxColumns / 16; ++kk) {
-      device::wgmma<T, Traits::kTokens>(sums, weights + 2 * kk, tokens + 2 * kk);
+      for (int kk = 0; kk < kBoxColumns / 16; ++kk) {
+        device::wgmma<T, Traits::kTokens>(sums, weights + 2 * kk, tokens + 2 * kk);
+      }
+      device::wgmma_commit();
+      device::wgmma_wait<1>();
+      if (used >= 0) {
+        free(used);
+      }
+      used = stage;
+      advance();
     }
-    device::wgmma_commit();
-    device::wgmma_wait<1>();
+    device::wgmma_wait<0>();
     if (used >= 0) {
       free(used);
     }
-    used = stage;
-    advance();
-  }
-  device::wgmma_wait<0>();
-  if (used >= 0) {
-    free(used);
-  }
-  // Each group's sums to the CTA that finishes it.
-  if (part.cluster > 1) {
-    const auto counter = [&](int owner) { return device::peer_address(&shared.sums_full, owner); };
-#pragma unroll
-    for (int j = 0; j < Traits::kGroups; ++j) {
-      const int owner = j % part.cluster;
-      if (owner != part.member) {
-        const int from = part.member - (part.member > owner ? 1 : 0);
-        const float4* to =
-            others + (from * own_groups + j / part.cluster) * kLinearConsumers + threadIdx.x;
-        device::store_peer_async(
-            device::peer_address(to, owner),
-            make_float4(sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]),
-            counter(owner));
-      }
-    }
-  }
+  };
+  products(part.middle - part.begin);
   const uint32_t own = part.groups<Traits::kGroups>();
-  if (own == 0) {
-    return;
-  }
   const int warp_row = part.first_row + threadIdx.x / 32 * 16;
   device::barrier_wait(&shared.found, 0);
   uint32_t xa_turn = 0;
@@ -561,6 +553,27 @@ __device__ __forceinline__ void multiply(const LinearWgmmaParams& p,
     if (lane == 0) {
       device::barrier_arrive(&shared.xa_empty);
     }
+  }
+  products(part.end - part.middle);
+  // Each group's sums to the CTA that finishes it.
+  if (part.cluster > 1) {
+    const auto counter = [&](int owner) { return device::peer_address(&shared.sums_full, owner); };
+#pragma unroll
+    for (int j = 0; j < Traits::kGroups; ++j) {
+      const int owner = j % part.cluster;
+      if (owner != part.member) {
+        const int from = part.member - (part.member > owner ? 1 : 0);
+        const float4* to =
+            others + (from * own_groups + j / part.cluster) * kLinearConsumers + threadIdx.x;
+        device::store_peer_async(
+            device::peer_address(to, owner),
+            make_float4(sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]),
+            counter(owner));
+      }
+    }
+  }
+  if (own == 0) {
+    return;
   }
   if (part.cluster > 1) {
     device::barrier_wait(&shared.sums_full, 0);
