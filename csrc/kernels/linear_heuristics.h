@@ -51,10 +51,10 @@ inline LinearConfig linear_config(const LinearShape& s) {
 
 // The same for a few dozen tokens on sm_90a (linear_wgmma.cu). More tokens, or ranks, are faster as
 // cuBLAS and two kernels behind it: 48 tokens of one adapter of rank 16 take 151 us a layer for
-// 149, 32 tokens of 32 adapters of rank 32 195 for 190. Here 32 tokens of rank 16 take 131 for 144
-// (one adapter) and 166 for 169 (32 of them).
+// 149, 32 tokens of 32 adapters of rank 64 251 for 237. With 32 tokens it takes 128 for 147 (one
+// adapter of rank 16), 162 for 171 (32 of them), 134 for 149 and 192 for 192 (rank 32).
 constexpr int64_t kLinearWgmmaMaxTokens = 32;
-constexpr int kLinearWgmmaMaxRank = 16;
+constexpr int kLinearWgmmaMaxRank = 32;
 constexpr int kLinearTileRows = 128;  // of W, of a tile
 
 // CTAs that share a tile's K: as many as make one and a half on an SM, which cover each other's
