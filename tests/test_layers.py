@@ -160,6 +160,7 @@ def test_a_captured_graph_holds_for_every_later_mix() -> None:
     ids = torch.zeros(16, dtype=torch.int64, device="cuda")
     with model.routing.using(batch):
         side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             model(ids)  # warm up
         torch.cuda.current_stream().wait_stream(side)
