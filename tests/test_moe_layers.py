@@ -410,6 +410,7 @@ def test_a_captured_layer_holds_for_every_later_batch(dtype: torch.dtype, given:
     static = routed(num_tokens, "cuda", dtype)
     with layer.moe.routing.using(plan):
         side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             layer.moe(*static)
         torch.cuda.current_stream().wait_stream(side)
