@@ -59,28 +59,34 @@ struct PlanParams {
 
 // How the wide shrink of an apply leaves xa for the expand: [place of a tile][token][columns]. In a
 // row each slice has room for its rank rounded up to 16, and of every 16 columns those that a lane
-// of a matrix product holds lie side by side: 2 q, 2 q + 1, 2 q + 8, 2 q + 9. Up to whole_tiles
-// tiles, a tile's place is its number. Of more, all tiles by all steps of K are cut into equal
-// parts across tiles; each part has a place of its own for what it has summed up of a tile.
+// of a matrix product holds lie side by side: 2 q, 2 q + 1, 2 q + 8, 2 q + 9. Without parts, a
+// tile's place is its number. Else all tiles by all steps of K are cut into equal parts across
+// tiles, and each part has a place of its own for what it has summed up of a tile.
 struct XaLayout {
   bool by_tile;  // else xa is a tensor with a row for each token
-  int32_t most_tiles, whole_tiles;
+  int32_t most_tiles;
   int32_t parts;  // 0: tiles are never cut
   int32_t steps;  // of K, a tile
 
   struct Cut {
+    int32_t used;          // parts that have steps
     int32_t each, longer;  // the first `longer` parts have one step more
     LORA_EXT_HOST_DEVICE int begin(int part) const {
-      return each * part + (part < longer ? part : longer);
+      const int all = part < used ? part : used;
+      return each * all + (all < longer ? all : longer);
     }
     LORA_EXT_HOST_DEVICE int part_of(int step) const {
       const int in_longer = longer * (each + 1);
       return step < in_longer ? step / (each + 1) : longer + (step - in_longer) / each;
     }
   };
+  // Tiles that are fewer than parts are each cut into the same number of parts, unless that left
+  // more than a quarter without any.
   LORA_EXT_HOST_DEVICE Cut cut(int num_tiles) const {
+    const int even = num_tiles > 0 ? parts / num_tiles * num_tiles : 0;
+    const int used = 4 * even >= 3 * parts ? even : parts;
     const int items = num_tiles * steps;
-    return {items / parts, items % parts};
+    return {used, items / used, items % used};
   }
   // Grows from one part or tile to the next, so no two are at one place.
   LORA_EXT_HOST_DEVICE static int place(int part, int tile) { return part + tile; }

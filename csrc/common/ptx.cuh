@@ -142,11 +142,11 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(shared_address(barrier))
                : "memory");
 }
-// Arrives when all asynchronous copies that this thread has asked for are done.
-__device__ __forceinline__ void barrier_arrive_after_copies(uint64_t* barrier) {
-  asm volatile(
-      "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];\n" ::"r"(shared_address(barrier))
-      : "memory");
+// Lets the barrier wait for one arrival more, which comes when all asynchronous copies that this
+// thread has asked for are done.
+__device__ __forceinline__ void barrier_expect_copies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.shared::cta.b64 [%0];\n" ::"r"(shared_address(barrier))
+               : "memory");
 }
 // Waits until the barrier has turned over an odd (parity 0) or even (1) number of times.
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {

@@ -112,6 +112,28 @@ LORA_EXT_WGMMA(__nv_bfloat16, "bf16", 192, 96, "%96", "%97")
 LORA_EXT_WGMMA(__half, "f16", 192, 96, "%96", "%97")
 #undef LORA_EXT_WGMMA
 
+// The same with a in registers, of which lanes hold a[16 w + g + 8 (i % 2)][8 (i / 2) + 2 q ..] in
+// register i, as for mma. d is overwritten where `first`.
+template <typename T, int kColumns>
+__device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b,
+                                      bool first);
+
+#define LORA_EXT_WGMMA(T, type, columns, registers, a_operand, b_operand, first)                 \
+  template <>                                                                                    \
+  __device__ __forceinline__ void wgmma<T, columns>(float(&d)[registers], const uint32_t(&a)[4], \
+                                                    uint64_t b, bool first_) {                   \
+    asm volatile(                                                                                \
+        "{\n.reg .pred p;\nsetp.eq.b32 p, " first                                                \
+        ", 0;\n"                                                                                 \
+        "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type                    \
+        " {" LORA_EXT_REGISTERS_##registers "}, " a_operand ", " b_operand ", p, 1, 1, 0;\n}\n"  \
+        : LORA_EXT_SUMS_##registers(0)                                                           \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(first_)));    \
+  }
+LORA_EXT_WGMMA(__nv_bfloat16, "bf16", 64, 32, "{%32, %33, %34, %35}", "%36", "%37")
+LORA_EXT_WGMMA(__half, "f16", 64, 32, "{%32, %33, %34, %35}", "%36", "%37")
+#undef LORA_EXT_WGMMA
+
 }  // namespace lora_ext::device
 
 #endif

@@ -9,9 +9,11 @@
 #include "common/ptx.cuh"
 #include "common/vec.cuh"
 #include "kernels/expand_stream.cuh"
+#include "kernels/expand_wgmma.cuh"
 #include "kernels/heuristics.h"
 #include "kernels/kernels.h"
 #include "kernels/launch.cuh"
+#include "kernels/tensor_map.h"
 #include "kernels/wide_apply.h"
 
 namespace lora_ext::cuda {
@@ -382,6 +384,47 @@ cudaError_t launch_stream(const ExpandParams& p) {
                        p.stream, p, row_steps);
 }
 
+// The same on sm_90a for ranks above 32.
+template <typename T, typename Y, int kSteps>
+cudaError_t launch_wgmma_stream(const ExpandParams& p) {
+  using Traits = WgmmaExpandTraits<Y, kSteps>;
+  int row_steps = 0;
+  for (int i = 0; i < p.slices.count; ++i) {
+    row_steps += expand_blocks(p.slices, i, Traits::kColumns);
+  }
+  const int64_t items = max_tiles(p.num_tokens, p.plan.num_slots, kWideTileTokens) * row_steps;
+  LaunchShape shape{};
+  shape.grid = dim3(static_cast<unsigned>(
+      std::min<int64_t>(items, int64_t{device_properties().sm_count} * Traits::kBlocks)));
+  shape.threads = kWgmmaExpandThreads;
+  shape.shared_bytes = Traits::kSharedBytes;
+  shape.cluster = 1;
+  shape.dependent = true;
+  ExpandMaps maps;
+  for (int i = 0; i < p.slices.count; ++i) {
+    const int64_t columns = std::max(p.slices.offset[i + 1] - p.slices.offset[i], 1);
+    const T* first = static_cast<const T*>(p.b.base[i]) + p.b.first_row[i] * p.b.row_stride[i];
+    const int64_t slots = p.plan.num_slots;
+    const int64_t slot_stride = slots > 1 ? p.b.slot_stride[i] : columns * p.b.row_stride[i];
+    if (!encode_map(maps.b[i], p.dtype,
+                    {first, p.max_rank, columns, p.b.row_stride[i], slots, slot_stride},
+                    Traits::kColumns)) {
+      return cudaErrorInvalidValue;
+    }
+  }
+  return launch_kernel(expand_wgmma_kernel<T, Y, kSteps>, shape, p.stream, p, maps, row_steps);
+}
+
+// Whether that kernel can serve B where expand_reads_tiles: its copies need a tensor map.
+bool takes_wgmma(const ExpandParams& p) {
+  bool takes = has_wgmma() && has_tensor_maps();
+  for (int i = 0; i < p.slices.count; ++i) {
+    takes &= p.b.row_stride[i] >= p.max_rank &&
+             (p.plan.num_slots == 1 || p.b.slot_stride[i] >= p.b.row_stride[i]);
+  }
+  return takes;
+}
+
 template <typename T, typename Y, int kChunk, int kWarps>
 cudaError_t launch_expand(const ExpandParams& p) {
   using Shared = ExpandShared<Y, kChunk, kWarps>;
@@ -432,15 +475,18 @@ int expand(const ExpandParams& p) {
   const bool narrow =
       expand_is_narrow(p.num_tokens, p.plan.num_slots, p.slices.offset[p.slices.count],
                        device_properties().sm_count);
-  const bool streams = expand_reads_tiles(p);
+  const bool streams = expand_reads_tiles(p), wgmma = streams && takes_wgmma(p);
   return dispatch_half_output(p.dtype, p.y_dtype, [&](auto t, auto y) {
     using T = typename decltype(t)::type;
     using Y = typename decltype(y)::type;
     if (streams) {
-      return p.max_rank <= 16   ? launch_stream<T, Y, 1>(p)
-             : p.max_rank <= 32 ? launch_stream<T, Y, 2>(p)
-             : p.max_rank <= 64 ? launch_stream<T, Y, 4>(p)
-                                : launch_stream<T, Y, 8>(p);
+      if (p.max_rank <= 32) {
+        return p.max_rank <= 16 ? launch_stream<T, Y, 1>(p) : launch_stream<T, Y, 2>(p);
+      }
+      if (wgmma) {
+        return p.max_rank <= 64 ? launch_wgmma_stream<T, Y, 4>(p) : launch_wgmma_stream<T, Y, 8>(p);
+      }
+      return p.max_rank <= 64 ? launch_stream<T, Y, 4>(p) : launch_stream<T, Y, 8>(p);
     }
     if (p.max_rank <= 16) {
       return narrow ? launch_expand<T, Y, 4, 2>(p) : launch_expand<T, Y, 4, 8>(p);

@@ -257,9 +257,14 @@ struct ShrinkShape {
   bool clusters;
 };
 
+// Shared memory of the kernel with wgmma: all of a multiprocessor's, for one CTA; for one that
+// leaves room to a CTA of the expand; for one of two.
+constexpr int kShrinkWhole = 216, kShrinkPart = 144, kShrinkHalf = 108;
+
 struct ShrinkConfig {
-  int rows;     // columns of xa that one CTA computes
-  int cluster;  // CTAs that split K
+  int rows;       // columns of xa that one CTA computes
+  int cluster;    // CTAs that split K
+  int kilobytes;  // of shared memory for stages, of the kernel with wgmma
 };
 
 // Rows: 32, 64, 128 or 256.
@@ -268,7 +273,7 @@ struct ShrinkConfig {
 // would cost the latency of the whole chain again. Partly filled tiles beyond that are few or
 // short.
 inline ShrinkConfig shrink_config(const ShrinkShape& s) {
-  ShrinkConfig config{s.rows <= 32 ? 32 : s.rows <= 64 ? 64 : s.rows <= 128 ? 128 : 256, 1};
+  ShrinkConfig config{s.rows <= 32 ? 32 : s.rows <= 64 ? 64 : s.rows <= 128 ? 128 : 256, 1, 0};
   const int64_t tiles = ceil_div(s.num_tokens, kWideTileTokens) * ceil_div(s.rows, config.rows);
   const auto fits = [&](int cluster) {
     return s.in_features >= 512 * cluster &&
@@ -281,30 +286,45 @@ inline ShrinkConfig shrink_config(const ShrinkShape& s) {
 }
 
 // The same for the kernel with wgmma, whose slices begin at multiples of 16 rows: 16, 32, 48, 64,
-// 128 or 192 rows and any cluster up to 8, or 16. Two CTAs fit an SM. Few tiles: up to 64 rows a
-// CTA, because more CTAs have more loads in flight and what they read twice of x comes from the L2
-// (qkv, T = 512, rank 64: 12.2 -> 8.9 us), and 16 of them where each still has 512 values of K
-// (down, T = 512, rank 16, with the expand: 15.2 -> 12.0 us). Else the cluster with the least time:
-// waves over CTAs that share a tile, plus a tenth of a tile's time for each wave. Three quarters of
-// the places, as resident_blocks counts, because clusters find little room beside another kernel's
-// CTAs (2048 tokens, clusters of 7: 11.0 us alone, but 5 us more with the expand behind it); pairs
-// always find it. And some tiles more than full ones, because slots leave tiles partly filled (16
-// segments of 2048 tokens: 37 us with clusters of 6, 30 with 5).
+// 128 or 192 rows and any cluster up to 8, or 16.
+//
+// Many tiles: one CTA on a multiprocessor, with all of its shared memory, and tiles cut into equal
+// parts. As far as 16 CTAs for each tile have room together: clusters of 16, each with all rows, so
+// that x is read once; the expand's first CTAs find room beside them (70B `down`, 304 tokens of
+// rank 128: 27.4 -> 23.6 us). Few tiles else: up to 64 rows a CTA, because more CTAs have more
+// loads in flight and what they read twice of x comes from the L2 (qkv, T = 512, rank 64: 12.2
+// -> 8.9 us), and 16 of them where each still has 512 values of K (down, T = 512, rank 16, with the
+// expand: 15.2 -> 12.0 us). Else the cluster with the least time: waves over CTAs that share a
+// tile, plus a tenth of a tile's time for each wave. Three quarters of the places, as
+// resident_blocks counts, because clusters find little room beside another kernel's CTAs (2048
+// tokens, clusters of 7: 11.0 us alone, but 5 us more with the expand behind it); pairs always find
+// it. And some tiles more than full ones, because slots leave tiles partly filled (16 segments of
+// 2048 tokens: 37 us with clusters of 6, 30 with 5). Two CTAs of up to 64 rows share a
+// multiprocessor: one would have too few copies on their way (`down`, 2048 tokens, rank 64: 43.7
+// us, 36.9 with two).
 inline ShrinkConfig shrink_wgmma_config(const ShrinkShape& s) {
   const auto fitting = [](int64_t rows) {
     return rows <= 64 ? static_cast<int>(ceil_div(rows, 16)) * 16 : rows <= 128 ? 128 : 192;
   };
-  const int64_t full = ceil_div(s.num_tokens, kWideTileTokens);
+  const int64_t full = ceil_div(s.num_tokens, kWideTileTokens), blocks = ceil_div(s.rows, 192);
+  const int rows = fitting(ceil_div(s.rows, blocks));
+  if (2 * full * blocks > s.sm_count) {
+    return {rows, 1, kShrinkWhole};
+  }
   const int most = static_cast<int>(std::clamp<int64_t>(s.in_features / 512, 1, 16));
+  if (rows > 64 && most == 16 && full * blocks * 16 <= resident_blocks(s.sm_count, 1, 16)) {
+    return {rows, 16, kShrinkPart};
+  }
   const int64_t few = full * ceil_div(s.rows, 64);
   if (few * 8 <= resident_blocks(s.sm_count, 2, 8)) {
     const int cluster = most < 8 ? most : most == 16 && few * 16 <= s.sm_count ? 16 : 8;
-    return {fitting(std::min(s.rows, 64)), cluster};
+    return {fitting(std::min(s.rows, 64)), cluster, kShrinkHalf};
   }
-  ShrinkConfig config{fitting(ceil_div(s.rows, ceil_div(s.rows, 192))), 1};
-  const int64_t items = (full + std::min(full, s.num_slots) / 4) * ceil_div(s.rows, config.rows);
+  ShrinkConfig config{rows, 1, rows <= 64 ? kShrinkHalf : kShrinkWhole};
+  const int64_t items = (full + std::min(full, s.num_slots) / 4) * blocks;
   const auto time = [&](int cluster) {  // times cluster
-    const int64_t places = resident_blocks(s.sm_count, 2, cluster <= 2 ? 1 : cluster);
+    const int64_t places =
+        resident_blocks(s.sm_count, rows <= 64 ? 2 : 1, cluster <= 2 ? 1 : cluster);
     return ceil_div(items, std::max<int64_t>(places / cluster, 1)) * (10 + cluster);
   };
   for (int cluster = 2; cluster <= std::min(most, 8); ++cluster) {
@@ -315,10 +335,11 @@ inline ShrinkConfig shrink_wgmma_config(const ShrinkShape& s) {
   return config;
 }
 
-// What its apply's expand is left with. Tiles by single CTAs or pairs may be more than have room at
-// once: then all are cut into parts, as many as have, instead of a second wave that would take as
-// long as the first (16 segments of 8192 tokens, down, rank 16: 128 -> 110 us). Larger clusters
-// would make more parts of a tile than the expand should add up.
+// What its apply's expand is left with. Many tiles are cut into parts, as many as there are
+// multiprocessors, for tiles by whole CTAs would end in a wave that is mostly empty (16 segments of
+// 8192 tokens, down, rank 16: 128 -> 110 us). With fewer tiles there would be more parts of a tile
+// than the expand should add up (qkv, 2048 tokens, rank 64: shrink 17.5 -> 9.9 us, expand 21 ->
+// 27).
 inline XaLayout xa_layout(const ShrinkShape& s) {
   const ShrinkConfig config = shrink_wgmma_config(s);
   constexpr int kStep = 64;  // values of K
@@ -326,10 +347,9 @@ inline XaLayout xa_layout(const ShrinkShape& s) {
   layout.by_tile = true;
   layout.most_tiles = static_cast<int32_t>(max_tiles(s.num_tokens, s.num_slots, kWideTileTokens));
   layout.steps = static_cast<int32_t>(ceil_div(s.in_features, kStep));
-  if (config.cluster <= 2) {
-    const int64_t places = resident_blocks(s.sm_count, 2, 1) / ceil_div(s.rows, config.rows);
-    layout.whole_tiles = static_cast<int32_t>(std::max<int64_t>(places / config.cluster, 1));
-    layout.parts = layout.whole_tiles * config.cluster;
+  const int64_t blocks = ceil_div(s.rows, config.rows);
+  if (2 * ceil_div(s.num_tokens, kWideTileTokens) * blocks > s.sm_count) {
+    layout.parts = static_cast<int32_t>(std::max<int64_t>(s.sm_count / blocks, 1));
   }
   return layout;
 }

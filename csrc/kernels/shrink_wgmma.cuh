@@ -9,23 +9,24 @@
 // (XaLayout), so that a batch of any number of tiles is one wave.
 #pragma once
 
-#include <cuda.h>
-
 #include "common/ptx.cuh"
 #include "common/vec.cuh"
 #include "common/wgmma.cuh"
 #include "kernels/heuristics.h"
+#include "kernels/tensor_map.h"
 
 namespace lora_ext::cuda {
 
 constexpr int kWarpgroup = 128;                 // threads that multiply
 constexpr int kWgmmaThreads = kWarpgroup + 32;  // and a warp that copies
 
-// x as [T, K] and A as [L, rows of a slot, K], for copies of boxes.
+// x as [T, K] and A as [L, rows of a slot, K], for copies of boxes: of kBoxRowsA rows, for slots of
+// any rank, and of large_rows, for those of the highest.
 struct ShrinkMaps {
-  CUtensorMap x, a[kMaxSlices];
+  CUtensorMap x, a[kMaxSlices], large_a[kMaxSlices];
+  int large_rows;
 };
-constexpr int kBoxK = 64;  // 128 bytes of a row, which is what the swizzle spans
+constexpr int kBoxK = kBoxColumns;
 constexpr int kBoxRowsX = kWideTileTokens, kBoxRowsA = 16;
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -34,12 +35,12 @@ constexpr int kWgmmaBound = kWgmmaThreads;
 constexpr int kWgmmaBound = 32;  // tells the launcher that the kernel is empty here
 #endif
 
-// kRows: columns of xa (rows of A) that a CTA computes. As many stages as leave room for two CTAs.
-template <int kRows>
+// kRows: columns of xa (rows of A) that a CTA computes. As many stages as an SM has room for.
+template <int kRows_, int kKilobytes>
 struct WgmmaTraits {
+  static constexpr int kRows = kRows_, kBlocks = kKilobytes <= kShrinkHalf ? 2 : 1;
   static constexpr int kStageBytes = (kWideTileTokens + kRows) * kBoxK * 2;
-  static constexpr int kBudget = 108 * 1024;
-  static constexpr int kStages = kBudget / kStageBytes;
+  static constexpr int kStages = kKilobytes * 1024 / kStageBytes;
   static constexpr int kSumStride = kRows + 8;  // floats between tokens of the sums
   static constexpr int kBarriersAt = kStages * kStageBytes;
   static constexpr int kAlignment = 1024;  // of a stage, for the swizzle
@@ -48,9 +49,8 @@ struct WgmmaTraits {
 };
 
 // A place in the ring of stages, with the barriers in shared memory.
-template <int kRows>
+template <typename Traits>
 struct StageRing {
-  using Traits = WgmmaTraits<kRows>;
   unsigned char* shared;
   int stage = 0;
   uint32_t turn = 0;  // times that the ring has been passed, mod 2
@@ -81,7 +81,6 @@ struct ShrinkPiece {
   bool neighbours;     // all tokens, in memory
   int rank, columns;   // of xa in use, from the CTA's first
   int first_k, steps;  // the CTA's share
-  int turned;          // the step to begin with
   int64_t first_row;   // of the sums, where xa lies by tiles
 };
 
@@ -109,38 +108,28 @@ __device__ __forceinline__ void find_tokens(const ShrinkParams& p, ShrinkPiece& 
 // By one warp. Slices start at columns that are multiples of 16, so that boxes do not overlap: what
 // boxes have behind a slice's rank reaches only sums that nobody reads. The same holds for rows of
 // x behind the last token.
-template <typename T, int kRows>
+template <typename T, typename Traits>
 __device__ __forceinline__ void copy_piece(const ShrinkParams& p, const ShrinkMaps& maps,
                                            const ShrinkPiece& piece, int first_column,
-                                           StageRing<kRows>& ring) {
+                                           StageRing<Traits>& ring) {
   const int lane = threadIdx.x % 32;
   const Tile& tile = piece.tile;
-  const int slice_boxes = XaLayout::padded(piece.rank) / kBoxRowsA;
-  const int boxes = piece.columns / kBoxRowsA;
-  const int box = first_column / kBoxRowsA + lane;
-  const int slice = min(small_quotient(box, slice_boxes), p.num_slices - 1);
+  const int padded = XaLayout::padded(piece.rank);
+  // Each box costs the copying warp as much as a wait for memory, so they are large where they can.
+  const bool large = padded == XaLayout::padded(p.max_rank);
+  const int box_rows = large ? maps.large_rows : kBoxRowsA;
+  const int a_boxes = small_quotient(piece.columns, box_rows);
+  const int column = first_column + lane * box_rows;
+  const int slice = min(small_quotient(column, padded), p.num_slices - 1);
   const int a_row = static_cast<int>(p.a.first_row[slice]) +
-                    (p.a.rows_by_rank ? slice * piece.rank : 0) +
-                    (box - slice * slice_boxes) * kBoxRowsA;
-  const CUtensorMap* a_map = maps.a + slice;
-  const int bytes = ((piece.neighbours ? kBoxRowsX : 0) + boxes * kBoxRowsA) * kBoxK * 2;
-  int k = piece.first_k + piece.turned * kBoxK;
-  const int end_k = piece.first_k + piece.steps * kBoxK;
+                    (p.a.rows_by_rank ? slice * piece.rank : 0) + column - slice * padded;
+  const CUtensorMap* a_map = (large ? maps.large_a : maps.a) + slice;
+  const int bytes = ((piece.neighbours ? kBoxRowsX : 0) + piece.columns) * kBoxK * 2;
+  int k = piece.first_k;
 #pragma unroll 1
   for (int step = 0; step < piece.steps; ++step) {
     device::barrier_wait(ring.empty(), ring.turn ^ 1);
     unsigned char* to = ring.data();
-    if (lane == 0) {
-      device::barrier_arrive_expecting(ring.full(), bytes);
-    }
-    __syncwarp();
-    if (lane == 0 && piece.neighbours) {
-      device::copy_box(to, &maps.x, k, piece.id[0], ring.full());
-    }
-    if (lane < boxes) {
-      device::copy_box(to + (kBoxRowsX + lane * kBoxRowsA) * 128, a_map, k, a_row, tile.slot,
-                       ring.full());
-    }
     if (!piece.neighbours) {  // eight lanes a row
       const int chunk = lane % 8, at_k = k + 8 * chunk;
 #pragma unroll
@@ -153,17 +142,31 @@ __device__ __forceinline__ void copy_piece(const ShrinkParams& p, const ShrinkMa
                                 at_k < p.in_features ? 16 : 0);  // 0 reads nothing and writes zeros
         }
       }
+      device::barrier_expect_copies(ring.full());
+      __syncwarp();  // before the arrival that the barrier knows of
     }
-    device::barrier_arrive_after_copies(ring.full());
-    k = k + kBoxK < end_k ? k + kBoxK : piece.first_k;
+    if (lane == 0) {
+      device::barrier_arrive_expecting(ring.full(), bytes);
+    }
+    __syncwarp();
+    if (lane == 0 && piece.neighbours) {
+      device::copy_box(to, &maps.x, k, piece.id[0], ring.full());
+    }
+    if (lane < a_boxes) {
+      device::copy_box(to + (kBoxRowsX + lane * box_rows) * 128, a_map, k, a_row, tile.slot,
+                       ring.full());
+    }
+    k += kBoxK;
     ring.advance();
   }
 }
 
 // sums[4 n + 2 h + e] is token 16 warp + 8 h + g, column 8 n + 2 q + e.
-template <typename T, int kRows>
-__device__ __forceinline__ void multiply_piece(const ShrinkPiece& piece, float (&sums)[kRows / 2],
-                                               StageRing<kRows>& ring) {
+template <typename T, typename Traits>
+__device__ __forceinline__ void multiply_piece(const ShrinkPiece& piece,
+                                               float (&sums)[Traits::kRows / 2],
+                                               StageRing<Traits>& ring) {
+  constexpr int kRows = Traits::kRows;
 #pragma unroll
   for (int i = 0; i < kRows / 2; ++i) {
     sums[i] = 0.0f;
@@ -172,7 +175,9 @@ __device__ __forceinline__ void multiply_piece(const ShrinkPiece& piece, float (
 #pragma unroll 1
   for (int step = 0; step < piece.steps; ++step) {
     device::barrier_wait(ring.full(), ring.turn);
-    device::fence_shared_for_products();
+    if (!piece.neighbours) {  // boxes need none, and it waits for all that is on its way
+      device::fence_shared_for_products();
+    }
     const uint64_t tokens = device::swizzled_tile(ring.data());
     const uint64_t weights = device::swizzled_tile(ring.data() + kBoxRowsX * 128);
     device::wgmma_fence();
@@ -218,18 +223,18 @@ __device__ __forceinline__ void store_sums(const ShrinkParams& p, const ShrinkPi
   }
 }
 
-template <typename T, int kRows>
+template <typename T, typename Traits>
 __device__ __forceinline__ void shrink_wgmma_piece(const ShrinkParams& p, const ShrinkMaps& maps,
                                                    const ShrinkPiece& piece, int cluster,
-                                                   uint32_t& sums_turn, StageRing<kRows>& ring) {
-  using Traits = WgmmaTraits<kRows>;
+                                                   uint32_t& sums_turn, StageRing<Traits>& ring) {
+  constexpr int kRows = Traits::kRows;
   const int first_column = blockIdx.y * kRows, member = cluster > 1 ? device::cluster_rank() : 0;
   const bool multiplies = threadIdx.x < kWarpgroup;
   float sums[kRows / 2];
   if (multiplies) {
-    multiply_piece<T, kRows>(piece, sums, ring);
+    multiply_piece<T, Traits>(piece, sums, ring);
   } else {
-    copy_piece<T, kRows>(p, maps, piece, first_column, ring);
+    copy_piece<T, Traits>(p, maps, piece, first_column, ring);
   }
   const float scaling = p.scalings[piece.tile.slot];
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
@@ -318,26 +323,26 @@ __device__ __forceinline__ void shrink_wgmma_piece(const ShrinkParams& p, const 
 // A cluster serves every so manyth tile, so that a grid of likely size does for any batch; where
 // tiles are cut into parts, a CTA serves its part. inverse: 2^32 / cluster, rounded up, of a
 // cluster of more than one.
-template <typename T, int kRows>
-__global__ void __launch_bounds__(kWgmmaBound, 2)
+template <typename T, int kRows, int kKilobytes>
+__global__ void __launch_bounds__(kWgmmaBound, WgmmaTraits<kRows, kKilobytes>::kBlocks)
     shrink_wgmma_kernel(const __grid_constant__ ShrinkParams p,
                         const __grid_constant__ ShrinkMaps maps, int cluster, int num_clusters,
                         unsigned inverse) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using Traits = WgmmaTraits<kRows>;
+  using Traits = WgmmaTraits<kRows, kKilobytes>;
   extern __shared__ unsigned char unaligned[];
   unsigned char* shared =
       unaligned + (-device::shared_address(unaligned) & (Traits::kAlignment - 1));
-  StageRing<kRows> ring(shared);
+  StageRing<Traits> ring(shared);
   if (threadIdx.x == 0) {
     for (int i = 0; i < Traits::kStages; ++i) {
-      device::barrier_init(ring.full() + i, 1 + 32);
+      device::barrier_init(ring.full() + i, 1);
       device::barrier_init(ring.empty() + i, kWarpgroup / 32);
     }
     device::barrier_init(ring.sums(), 1);
     device::barrier_init_fence();
     device::prefetch_map(&maps.x);
-    device::prefetch_map(maps.a);
+    device::prefetch_map(maps.large_a);
   }
   __syncthreads();
   device::grid_dependency_wait();
@@ -351,7 +356,7 @@ __global__ void __launch_bounds__(kWgmmaBound, 2)
   ShrinkPiece piece{};
   piece.tile = p.plan.wide_tiles[min(own_tile, capacity - 1)];  // in the same trip
   // A cluster takes every so manyth tile; a part, all steps of the tiles in a row.
-  const bool in_parts = p.layout.parts > 0 && num_tiles > p.layout.whole_tiles;
+  const bool in_parts = p.layout.parts > 0;
   const int part = blockIdx.x, members = in_parts ? 1 : cluster;
   int tile = own_tile, begin = 0, left = all_steps;
   if (in_parts) {
@@ -386,15 +391,8 @@ __global__ void __launch_bounds__(kWgmmaBound, 2)
       piece.steps = from(member + 1) - share;
       piece.first_k = share * kBoxK;
     }
-    // Where steps are mostly A, tiles begin at different ones: CTAs that ask for the same lines at
-    // the same time wait for each other. Parts are apart anyway.
-    constexpr bool kMostlyA = kRows > kBoxRowsX;
-    piece.turned = kMostlyA && members > 1
-                       ? static_cast<int>(__umulhi(piece.tile.start / kWideTileTokens * 0x9e3779b1u,
-                                                   piece.steps))
-                       : 0;
     if (piece.rank > 0 && piece.columns > 0) {  // all members alike
-      shrink_wgmma_piece<T, kRows>(p, maps, piece, members, sums_turn, ring);
+      shrink_wgmma_piece<T, Traits>(p, maps, piece, members, sums_turn, ring);
     }
     left -= in_parts ? steps : 0;
     tile += in_parts ? 1 : num_clusters;

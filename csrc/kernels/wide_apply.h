@@ -8,6 +8,8 @@
 
 namespace lora_ext::cuda {
 
+// Whether the machine code that this device runs has wgmma.
+bool has_wgmma();
 // x and A allow 16-byte copies, as far as the host knows.
 bool shrink_is_vector(const ShrinkParams& params);
 // Whether the kernel with wgmma can serve: its copies need what a tensor map can say.

@@ -108,7 +108,8 @@ void bind_linear(py::module_& m) {
 void bind_shrink(py::module_& m) {
   py::class_<ShrinkConfig>(m, "ShrinkConfig")
       .def_readonly("rows", &ShrinkConfig::rows)
-      .def_readonly("cluster", &ShrinkConfig::cluster);
+      .def_readonly("cluster", &ShrinkConfig::cluster)
+      .def_readonly("kilobytes", &ShrinkConfig::kilobytes);
   m.def(
       "shrink_config",
       [](int64_t num_tokens, int64_t num_slots, int64_t in_features, int rows, int sm_count,
@@ -129,7 +130,6 @@ void bind_shrink_wgmma(py::module_& m) {
   m.def("shrink_clusters", &shrink_clusters, py::kw_only(), "num_tokens"_a, "num_slots"_a,
         "sm_count"_a);
   py::class_<XaLayout>(m, "XaLayout")
-      .def_readonly("whole_tiles", &XaLayout::whole_tiles)
       .def_readonly("parts", &XaLayout::parts)
       .def_readonly("steps", &XaLayout::steps)
       .def("begin", [](const XaLayout& l, int tiles, int part) { return l.cut(tiles).begin(part); })
