@@ -145,6 +145,21 @@ def test_situations(device, situation):
         check_apply(y, x, module, batch, "packed")
 
 
+@pytest.mark.parametrize("max_rank", [40, 64, 96, 128])
+def test_many_tokens_of_high_ranks(device, max_rank):
+    # Tiles of tokens that are neighbours in memory and of others, slots below the pool's rank, and
+    # tokens enough for tiles to be cut into parts.
+    ranks = [max_rank, max_rank // 2, 3, 0, 16]
+    for dtype in dtypes_on(device):
+        gen = generator("high ranks", max_rank, dtype)
+        module = make_module(ranks, 136, [72, 24, 64], dtype, device, max_rank=max_rank)
+        runs = [0] * 200 + [1] * 70 + [-1] * 3 + [2] * 65 + [3] * 5 + [4] * 64
+        for slots in (runs, random_slots(330, 5, gen), [0] * 2600 + [1] * 2000):
+            for y_dtype in HALVES_AND_FP32 if slots is runs else [dtype]:
+                y, x, batch = random_problem(module, slots, gen, y_dtype)
+                check_apply(y, x, module, batch, "packed")
+
+
 def test_many_slots(device):
     gen = generator("many slots")
     ranks = [(7 * slot) % 20 for slot in range(300)]

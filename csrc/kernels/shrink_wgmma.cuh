@@ -3,10 +3,10 @@
 // A CTA computes 64 tokens x up to 192 columns of xa, so that x is read once for three slices of
 // rank 64. One warp copies x and A to shared memory in boxes of 64 values of K, several steps
 // ahead, and the warpgroup takes them from there (wgmma): mma.sync would read shared memory once
-// for each of the four warps, and that was the limit. Two CTAs fit an SM. Where tiles are few the
-// CTAs of a cluster split K; each pushes its sums to the one that the token belongs to, which adds
-// them up in fixed order. Where they are many, the work is cut into equal parts across tiles
-// (XaLayout), so that a batch of any number of tiles is one wave.
+// for each of the four warps, and that was the limit. Where tiles are few the CTAs of a cluster
+// split K; each pushes its sums to the one that the token belongs to, which adds them up in fixed
+// order. Where they are many, the work is cut into equal parts across tiles (XaLayout), so that a
+// batch of any number of tiles is one wave.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -35,7 +35,7 @@ constexpr int kWgmmaBound = kWgmmaThreads;
 constexpr int kWgmmaBound = 32;  // tells the launcher that the kernel is empty here
 #endif
 
-// kRows: columns of xa (rows of A) that a CTA computes. As many stages as an SM has room for.
+// kRows: columns of xa (rows of A) that a CTA computes. kKilobytes: for its stages.
 template <int kRows_, int kKilobytes>
 struct WgmmaTraits {
   static constexpr int kRows = kRows_, kBlocks = kKilobytes <= kShrinkHalf ? 2 : 1;
