@@ -59,10 +59,10 @@ __device__ __forceinline__ void prefetch_part(const MoeShrinkParams& p, const Mo
 }
 
 // kWide: A has more rows than a CTA computes for few pairs; for many, one in two serves both.
-template <typename T, int kRowBlocks, bool kWide, bool kVector>
+template <typename T, int kRowBlocks, bool kWide, bool kVector, bool kDeep>
 __global__ void __launch_bounds__(kMoeThreads, kRowBlocks == 4 && !kWide ? 2 : 3)
     moe_shrink_kernel(const __grid_constant__ MoeShrinkParams p) {
-  using Traits = MoeShrinkTraits<kRowBlocks, kWide>;
+  using Traits = MoeShrinkTraits<kRowBlocks, kWide, kDeep>;
   extern __shared__ __align__(1024) unsigned char buffer[];
   __shared__ MoeShrinkShared shared;
   const int thread = threadIdx.x;
@@ -131,10 +131,10 @@ __global__ void __launch_bounds__(kMoeThreads, kRowBlocks == 4 && !kWide ? 2 : 3
   }
 }
 
-template <typename T, int kRowBlocks, bool kWide, bool kVector>
+template <typename T, int kRowBlocks, bool kWide, bool kVector, bool kDeep = false>
 cudaError_t launch(const MoeShrinkParams& params, LaunchShape shape, int most_blocks_per_sm,
                    void* stream) {
-  shape.shared_bytes = MoeShrinkTraits<kRowBlocks, kWide>::kSharedBytes;
+  shape.shared_bytes = MoeShrinkTraits<kRowBlocks, kWide, kDeep>::kSharedBytes;
   if (kWide && params.num_pairs <= kThirdBlockPairs) {
     shape.shared_bytes = std::max(shape.shared_bytes, kTwoBlocksBytes);
   }
@@ -142,7 +142,8 @@ cudaError_t launch(const MoeShrinkParams& params, LaunchShape shape, int most_bl
     const int bytes = device_properties().shared_bytes / (most_blocks_per_sm + 1);
     shape.shared_bytes = std::max(shape.shared_bytes, std::min(bytes, kMaxSharedBytes));
   }
-  return launch_kernel(moe_shrink_kernel<T, kRowBlocks, kWide, kVector>, shape, stream, params);
+  return launch_kernel(moe_shrink_kernel<T, kRowBlocks, kWide, kVector, kDeep>, shape, stream,
+                       params);
 }
 
 }  // namespace
@@ -195,6 +196,9 @@ cudaError_t moe_shrink(const MoeApplyParams& p, const MoeShrinkConfig& config) {
   shape.cluster = 1;
   shape.dependent = true;
   shape.shared_percent = moe_shared_percent(config);
+  // Two slices up to rank 16, whose expand is small enough to be beside two such CTAs.
+  const bool deep =
+      p.max_rank <= 16 && config.prefetch_features == 0 && p.num_pairs <= kThirdBlockPairs;
   return dispatch_half(p.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     if (!vector) {
@@ -204,7 +208,9 @@ cudaError_t moe_shrink(const MoeApplyParams& p, const MoeShrinkConfig& config) {
       case 1:
         return launch<T, 1, false, true>(params, shape, config.most_blocks_per_sm, p.stream);
       case 2:
-        return launch<T, 2, false, true>(params, shape, config.most_blocks_per_sm, p.stream);
+        return deep ? launch<T, 2, false, true, true>(params, shape, config.most_blocks_per_sm,
+                                                      p.stream)
+                    : launch<T, 2, false, true>(params, shape, config.most_blocks_per_sm, p.stream);
       default:
         return wide ? launch<T, 4, true, true>(params, shape, config.most_blocks_per_sm, p.stream)
                     : launch<T, 4, false, true>(params, shape, config.most_blocks_per_sm, p.stream);

@@ -35,16 +35,18 @@ struct MoeShrinkShared {
   float scales[kMoeTilePairs];
 };
 
-// kRowBlocks: blocks of 16 rows that a CTA computes; kManyBlocks: where pairs are many.
-template <int kRowBlocks, bool kWide>
+// kRowBlocks: blocks of 16 rows that a CTA computes; kManyBlocks: where pairs are many. kDeep:
+// twice as many steps on their way, of which fewer CTAs have room on an SM.
+template <int kRowBlocks, bool kWide, bool kDeep = false>
 struct MoeShrinkTraits {
   static constexpr int kRows = 16 * kRowBlocks;
   static constexpr int kStride = kRows + 4;  // no two lanes of a store or load share a bank
   using Sums = float[16][kStride];           // of a warp
   static constexpr int kManyBlocks = kWide ? 2 * kRowBlocks : kRowBlocks;
-  // Four steps of many pairs; three where rows are many: with more bytes on their way the large
-  // batches, of few pairs a tile, take 2 % longer.
-  static constexpr int kSharedBytes = (kWide ? 3 : 4) * (16 * kManyBlocks + kMoeTilePairs) * 128;
+  // Steps of many pairs. Three where rows are many: with more bytes on their way the large batches,
+  // of few pairs a tile, take 2 % longer.
+  static constexpr int kSteps = kWide ? 3 : kDeep ? 8 : 4;
+  static constexpr int kSharedBytes = kSteps * (16 * kManyBlocks + kMoeTilePairs) * 128;
   static_assert(kMoeWarps * static_cast<int>(sizeof(Sums)) <= kSharedBytes);
 };
 
