@@ -332,7 +332,7 @@ cudaError_t moe_expand(const MoeApplyParams& p, const MoeShrinkConfig& config) {
   const int blocks = static_cast<int>(ceil_div(units, kMoeWarps));
   shape.grid = dim3(static_cast<unsigned>(blocks),
                     static_cast<unsigned>(moe_grid_tiles(p.num_pairs, moe_groups(p), blocks,
-                                                         sm_count, 32 / warp_units)));
+                                                         sm_count, many ? 32 : 16)));
   shape.threads = kMoeThreads;
   shape.cluster = 1;
   shape.dependent = true;
