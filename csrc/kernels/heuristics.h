@@ -84,9 +84,9 @@ LORA_EXT_HOST_DEVICE inline int small_quotient(int number, int divisor) {
 // Into how many parts the decode shrink cuts K. Only the device knows how many tiles there are, so
 // that a batch of one adapter among hundreds of slots is cut as it should be.
 struct SplitRules {
-  static constexpr int kCount = 2;
+  static constexpr int kCount = 3;
   static constexpr int kMostParts = 16;  // the expand adds them up, latency it pays
-  int32_t most_parts[kCount];            // of a tile, as long as
+  int8_t most_parts[kCount];             // of a tile, as long as
   int32_t most_ctas[kCount];             // of a row group are no more than this
 
   LORA_EXT_HOST_DEVICE int parts(int num_tiles) const {
@@ -136,12 +136,16 @@ inline int64_t resident_blocks(int sm_count, int per_sm, int cluster) {
 
 // Few CTAs for a small problem, so that the expand's find room beside them and have B and y ready
 // in time; more where a warp would else have many rounds of loads to wait for, at most as many as
-// have room at once: a second wave takes as long as the first.
+// have room at once: a second wave takes as long as the first. But CTAs with more than 32 rounds
+// may be two waves: few and long ones would leave places empty (70b `down`, rank 128, 200 tokens
+// zipf: 152 CTAs for 264 places, 102 -> 92 us).
 inline SplitRules split_rules(const ApplyShape& s, int row_groups, bool small) {
   const int64_t steps = ceil_div(s.in_features, 32 * kDecodeWarps);  // of a warp, without a split
   const struct {
     int64_t work, most_ctas;  // with more than `work` steps, cut as long as CTAs are no more
-  } limits[] = {{3, s.sm_count * 3 / 4}, {8, small ? s.sm_count * 3 / 2 : 2 * s.sm_count}};
+  } limits[SplitRules::kCount] = {{3, s.sm_count * 3 / 4},
+                                  {8, small ? s.sm_count * 3 / 2 : 2 * s.sm_count},
+                                  {32, 4 * s.sm_count}};
   SplitRules rules{};
   for (int i = 0; i < SplitRules::kCount; ++i) {
     int64_t parts = 1, ctas = limits[i].most_ctas / row_groups;
@@ -152,7 +156,7 @@ inline SplitRules split_rules(const ApplyShape& s, int row_groups, bool small) {
       parts = std::clamp<int64_t>(ctas, 1, parts);
       ctas = 1 << 30;
     }
-    rules.most_parts[i] = static_cast<int32_t>(parts);
+    rules.most_parts[i] = static_cast<int8_t>(parts);
     rules.most_ctas[i] = static_cast<int32_t>(ctas);
   }
   return rules;
@@ -201,18 +205,18 @@ constexpr int kWideMostRank = 128;  // that the expand's shared memory holds for
 constexpr int kWideRows = 64;       // of A, that a CTA of the shrink takes
 
 // Where the decode kernels would read much from L2, a slot's weights for each 16 tokens, and slots
-// may have many tokens: if all of the pool are in use 6, above rank 64, where x is read again for
-// each 32 rows (70b qkv, rank 128: T200 shared 36.4 -> 19.4 us, of eight slots 53 -> 33; `down`,
-// T50 of eight slots 32 -> 29), else 16 (qkv, rank 64: T128 shared 11.4 -> 9.7, but T100 of eight
-// slots 17.9 -> 20.9).
+// are few and may have many tokens: if all are in use 6, above rank 64, where x is read again for
+// each 32 rows (70b qkv, rank 128: T200 shared 35.0 -> 19.2 us, of eight slots 41.5 -> 33.5, but
+// zipf of 32 slots 87 -> 100; `down`, T50 shared 18.3 -> 11.9, of eight slots 29 -> 30.7), else 16
+// (qkv, rank 64: T256 shared 14.7 -> 11.0, but T100 of eight slots 17.9 -> 20.9).
 inline bool decode_is_wide(const ApplyShape& s) {
-  constexpr int64_t kMuch = 16 << 20;
+  constexpr int64_t kMuch = 20 << 20;
   if (!s.half || s.batch_invariant || s.num_tokens > kDecodeMaxTokens || s.max_rank <= 32 ||
       s.max_rank > kWideMostRank) {
     return false;
   }
   const int64_t weights = int64_t{2} * s.max_rank * (s.num_slices * s.in_features + s.out_features);
-  return ceil_div(s.num_tokens, kTileTokens) * weights > kMuch &&
+  return ceil_div(s.num_tokens, kTileTokens) * weights > kMuch && s.num_slots <= s.sm_count / 16 &&
          s.num_tokens >= s.num_slots * (s.max_rank > 64 ? 6 : 16);
 }
 
