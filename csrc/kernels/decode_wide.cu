@@ -2,28 +2,10 @@
 #include "kernels/decode_wide.h"
 #include "kernels/decode_wide_expand.cuh"
 #include "kernels/launch.cuh"
+#include "kernels/wide_apply.h"
 
 namespace lora_ext::cuda {
 namespace {
-
-// Whether the machine code that this device runs has wgmma, asked once per device.
-bool has_kernels() {
-  constexpr int kMaxDevices = 64;
-  static std::array<std::atomic<int>, kMaxDevices> cache{};  // 0: not asked yet, 1: no, 2: yes
-  int device = 0;
-  cudaGetDevice(&device);
-  int known = device < kMaxDevices ? cache[device].load(std::memory_order_relaxed) : 0;
-  if (known == 0) {
-    cudaFuncAttributes attributes{};
-    const cudaError_t error =
-        cudaFuncGetAttributes(&attributes, decode_wide_shrink_kernel<__nv_bfloat16>);
-    known = error == cudaSuccess && attributes.maxThreadsPerBlock > 32 ? 2 : 1;
-    if (device < kMaxDevices) {
-      cache[device].store(known, std::memory_order_relaxed);
-    }
-  }
-  return known == 2;
-}
 
 WideWork wide_work(const ApplyParams& p, const WideSplit& split) {
   const int64_t tiles = max_tiles(p.num_tokens, p.plan.num_slots, kWideTileTokens);
@@ -88,7 +70,7 @@ bool decode_wide_takes(const ApplyParams& p) {
   for (int i = 0; i < p.slices.count; ++i) {
     vector &= p.slices.offset[i + 1] % 8 == 0;
   }
-  return vector && p.max_rank <= kWideMostRank && has_kernels();
+  return vector && p.max_rank <= kWideMostRank && has_wgmma();
 }
 
 int64_t decode_wide_workspace(const ApplyParams& p, const WideSplit& split) {

@@ -4,31 +4,13 @@
 #include "kernels/kernels.h"
 #include "kernels/launch.cuh"
 #include "kernels/linear_wgmma.cuh"
+#include "kernels/wide_apply.h"
 
 namespace lora_ext::cuda {
 namespace {
 
 // Four stages, so that two CTAs fit an SM with room for a shrink.
 using Traits = LinearWgmmaTraits<kLinearWgmmaMaxTokens, 4>;
-
-// Whether the machine code that this device runs is sm_90a's. Asked once per device.
-bool has_kernel() {
-  constexpr int kMaxDevices = 64;
-  static std::array<std::atomic<int>, kMaxDevices> cache{};  // 0: not asked yet, 1: no, 2: yes
-  int device = 0;
-  cudaGetDevice(&device);
-  int known = device < kMaxDevices ? cache[device].load(std::memory_order_relaxed) : 0;
-  if (known == 0) {
-    cudaFuncAttributes attributes{};
-    const cudaError_t error =
-        cudaFuncGetAttributes(&attributes, linear_wgmma_kernel<__nv_bfloat16, Traits>);
-    known = error == cudaSuccess && attributes.maxThreadsPerBlock >= kLinearWgmmaThreads ? 2 : 1;
-    if (device < kMaxDevices) {
-      cache[device].store(known, std::memory_order_relaxed);
-    }
-  }
-  return known == 2;
-}
 
 // B as rows one behind the other, which bulk copies can take.
 bool has_bulk_rows(const ApplyParams& p) {
@@ -53,7 +35,7 @@ int cluster_of(const LinearParams& p) {
   shape.max_rank = p.apply.max_rank;
   shape.sm_count = device.sm_count;
   shape.half = p.apply.dtype == DType::kFloat16 || p.apply.dtype == DType::kBFloat16;
-  shape.capable = device.clusters && has_kernel() && has_tensor_maps();
+  shape.capable = device.clusters && has_wgmma() && has_tensor_maps();
   shape.vector = is_multiple(p.apply.x, p.apply.x_stride, 8, 16) &&
                  is_multiple(p.weight, p.weight_stride, 8, 16) && p.apply.in_features % 8 == 0 &&
                  p.apply.x_stride >= p.apply.in_features &&
