@@ -101,6 +101,22 @@ def test_a_row_without_adapter_has_its_bits_whatever_the_others_have() -> None:
         assert_same_bits(site(x, make_batch(slots, len(RANKS), "cuda").plan), y)
 
 
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_poison_of_one_adapter_stays_there(poison: float) -> None:
+    site = make_site(2048, [6144])
+    slots = random_slots(32, len(RANKS), generator("poison"))
+    x, plan = site.x(32), make_batch(slots, len(RANKS), "cuda").plan
+    clean = site(x, plan)
+    for side in (site.weights.lora_a, site.weights.lora_b):
+        weights = side[0][3].clone()
+        side[0][3] = poison
+        y = site(x, plan)
+        side[0][3] = weights
+        others = [t for t, slot in enumerate(slots) if slot != 3]
+        assert_same_bits(y[others], clean[others])
+        assert not y[[t for t, slot in enumerate(slots) if slot == 3]].isfinite().all()
+
+
 def test_some_tokens_of_a_plan_for_many() -> None:
     """A call with fewer rows than its plan has tokens: the rows beyond are nobody's."""
     site = make_site(1024, [9000])

@@ -7,9 +7,9 @@
 // the others' sums of its groups through distributed shared memory, adds them up in fixed order,
 // and finishes them. Two CTAs fit an SM, so that one's end is covered by another's stream.
 //
-// One more warp brings together what the adapters need while the product is under way: the batch's
-// slots, and xa of the CTA's groups as soon as the shrink, which was launched just before, has left
-// it. B comes through the ring, amid W. The expand is then a few products on the sums in
+// Three more warps bring together what the adapters need while the product is under way: the
+// batch's slots, and xa of the CTA's groups as soon as the shrink, which was launched just before,
+// has left it. B comes through the ring, amid W. The expand is then a few products on the sums in
 // registers, whose layout mma.sync shares: 16 rows by 8 tokens, for each slot that has one of them.
 #pragma once
 
@@ -72,7 +72,7 @@ struct LinearWgmmaTraits {
       uint32_t groups;  // of 8 tokens, that it has one in
     } entry[kTokens];
     int entries;
-    int token_entry[kTokens];  // -1: no adapter
+    alignas(8) int token_entry[kTokens];  // -1: no adapter
     // Up to four tokens of one tile of the plan: where their sums are, in units of four tokens.
     struct Quad {
       int tile, quarter, entry;
@@ -248,12 +248,15 @@ __device__ __forceinline__ void find_entries(const DecodeBatch& p, typename Trai
         const int other = __shfl_up_sync(0xffffffffu, upto, d);
         upto += thread >= d ? other : 0;
       }
+      // More than the CTA has room for are those of a plan for more tokens than this call has.
       for (int i = 0; i < own; ++i) {
-        const int quad = min(quads + upto - own + i, Traits::kTokens - 1);
-        shared.quad[quad] = {tile, i, at};
-        // Where the permutation has them, for now.
-        shared.quad_token[quad][0] = raw.y + 4 * i;
-        shared.quad_token[quad][1] = raw.y + raw.z;
+        const int quad = quads + upto - own + i;
+        if (quad < Traits::kTokens) {
+          shared.quad[quad] = {tile, i, at};
+          // Where the permutation has them, for now.
+          shared.quad_token[quad][0] = raw.y + 4 * i;
+          shared.quad_token[quad][1] = raw.y + raw.z;
+        }
       }
       entries += __popc(beginners);
       quads += __shfl_sync(0xffffffffu, upto, 31);
@@ -394,13 +397,9 @@ __device__ __forceinline__ void add_ranks(const typename Traits::Shared& shared,
 #pragma unroll
   for (int j = 0; j < Traits::kGroups; ++j) {
     if (groups >> j & 1) {
-      float4 values = *reinterpret_cast<const float4*>(xa + 8 * j * xa_stride);
-      if (shared.token_entry[8 * j + g] != entry) {
-        values = make_float4(0, 0, 0, 0);
-      }
+      const float4 values = *reinterpret_cast<const float4*>(xa + 8 * j * xa_stride);
       const float ranks[4] = {values.x, values.y, values.z, values.w};
-      float d[4] = {sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]};
-      float e[4] = {};
+      float d[4] = {}, e[4] = {};
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
         uint32_t high[2], low[2];
@@ -413,9 +412,14 @@ __device__ __forceinline__ void add_ranks(const typename Traits::Shared& shared,
         device::mma_tf32(d, a[s], high);
         device::mma_tf32(e, a[s], low);
       }
+      // The group's other tokens must not have it, not even as a product with 0: what an adapter
+      // has that is not finite stays with its own tokens.
+      const int2 of = *reinterpret_cast<const int2*>(&shared.token_entry[8 * j + 2 * q]);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        sums[4 * j + i] = d[i] + e[i];
+        if ((i % 2 == 0 ? of.x : of.y) == entry) {
+          sums[4 * j + i] += d[i] + e[i];
+        }
       }
     }
   }
