@@ -9,8 +9,8 @@
 // stream, add up what it leaves, multiply with B, and join that with the stream's sums of a pass.
 #pragma once
 
-#include "kernels/linear_finish.cuh"
-#include "kernels/linear_shared.cuh"
+#include "kernels/linear_decode_finish.cuh"
+#include "kernels/linear_decode_shared.cuh"
 
 namespace lora_ext::cuda {
 

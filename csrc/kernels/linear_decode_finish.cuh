@@ -1,7 +1,7 @@
 // The finishing warps of linear_decode: the adapters' part of the product, and the result.
 #pragma once
 
-#include "kernels/linear_shared.cuh"
+#include "kernels/linear_decode_shared.cuh"
 
 namespace lora_ext::cuda {
 
