@@ -4,29 +4,19 @@
 #include "kernels/kernels.h"
 #include "kernels/launch.cuh"
 #include "kernels/linear_decode.cuh"
-#include "kernels/linear_heuristics.h"
+#include "kernels/linear_shape.cuh"
 
 namespace lora_ext::cuda {
 namespace {
 
 LinearConfig config_of(const LinearParams& p) {
   const DeviceProperties device = device_properties();
-  LinearShape shape{};
-  shape.num_tokens = p.apply.num_tokens;
-  shape.in_features = p.apply.in_features;
-  shape.out_features = p.out_features;
-  shape.num_slices = p.apply.slices.count;
-  shape.max_rank = p.apply.max_rank;
-  shape.sm_count = device.sm_count;
-  shape.half = p.apply.dtype == DType::kFloat16 || p.apply.dtype == DType::kBFloat16;
+  LinearShape shape = linear_shape_of(p);
   // Both came with sm_90.
   shape.capable = device.clusters && device.shared_bytes >= kLinearSharedBytes;
   // Rows are 32-bit distances in the kernel.
   constexpr int64_t kMostStride = 1 << 27;
-  shape.vector = is_multiple(p.apply.x, p.apply.x_stride, 8, 16) &&
-                 is_multiple(p.weight, p.weight_stride, 8, 16) && p.apply.in_features % 8 == 0 &&
-                 std::max(p.apply.x_stride, p.weight_stride) < kMostStride;
-  shape.batch_invariant = p.apply.batch_invariant;
+  shape.vector &= std::max(p.apply.x_stride, p.weight_stride) < kMostStride;
   return linear_config(shape);
 }
 
@@ -46,7 +36,7 @@ cudaError_t launch_linear(const LinearParams& p, const LinearConfig& config) {
   d.weight_stride = p.weight_stride;
   d.y_stride = apply.y_stride;
   d.out_features = static_cast<int32_t>(p.out_features);
-  d.pairs = is_multiple(apply.y, apply.y_stride, 2, 4) && p.out_features % 2 == 0;
+  d.pairs = has_pairs(p);
   d.batch = decode_batch(apply, apply_config_of(apply));
   d.b_offsets = apply.b.slot_offsets;
   for (int i = 0; i < apply.slices.count; ++i) {

@@ -3,6 +3,7 @@
 #include "kernels/decode_batch.cuh"
 #include "kernels/kernels.h"
 #include "kernels/launch.cuh"
+#include "kernels/linear_shape.cuh"
 #include "kernels/linear_wgmma.cuh"
 #include "kernels/wide_apply.h"
 
@@ -26,21 +27,10 @@ bool has_bulk_rows(const ApplyParams& p) {
 }
 
 int cluster_of(const LinearParams& p) {
-  const DeviceProperties device = device_properties();
-  LinearShape shape{};
-  shape.num_tokens = p.apply.num_tokens;
-  shape.in_features = p.apply.in_features;
-  shape.out_features = p.out_features;
-  shape.num_slices = p.apply.slices.count;
-  shape.max_rank = p.apply.max_rank;
-  shape.sm_count = device.sm_count;
-  shape.half = p.apply.dtype == DType::kFloat16 || p.apply.dtype == DType::kBFloat16;
-  shape.capable = device.clusters && has_wgmma() && has_tensor_maps();
-  shape.vector = is_multiple(p.apply.x, p.apply.x_stride, 8, 16) &&
-                 is_multiple(p.weight, p.weight_stride, 8, 16) && p.apply.in_features % 8 == 0 &&
-                 p.apply.x_stride >= p.apply.in_features &&
-                 p.weight_stride >= p.apply.in_features && has_bulk_rows(p.apply);
-  shape.batch_invariant = p.apply.batch_invariant;
+  LinearShape shape = linear_shape_of(p);
+  shape.capable = device_properties().clusters && has_wgmma() && has_tensor_maps();
+  shape.vector &= p.apply.x_stride >= p.apply.in_features &&
+                  p.weight_stride >= p.apply.in_features && has_bulk_rows(p.apply);
   return linear_wgmma_cluster(shape);
 }
 
@@ -53,7 +43,7 @@ cudaError_t launch_linear(const LinearParams& p, int cluster) {
   d.y = apply.y;
   d.y_stride = apply.y_stride;
   d.out_features = static_cast<int32_t>(p.out_features);
-  d.pairs = is_multiple(apply.y, apply.y_stride, 2, 4) && p.out_features % 2 == 0;
+  d.pairs = has_pairs(p);
   for (int i = 0; i < apply.slices.count; ++i) {
     d.slices[i] = {apply.b.base[i], apply.b.slot_stride[i], apply.slices.offset[i],
                    apply.slices.offset[i + 1], static_cast<int32_t>(apply.b.first_row[i])};
