@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from generators import Module, Weights, apply_arguments, generator, make_module, randn
+from generators import (
+    NAN,
+    Module,
+    Weights,
+    apply_arguments,
+    generator,
+    make_batch,
+    make_module,
+    randn,
+    random_slots,
+)
 from lora_ext import ops
 from numerics import (
     Expected,
@@ -20,6 +30,8 @@ from numerics import (
     half_ulp,
     sum_error,
 )
+from test_on_device import capture
+from test_plan_batch import fill
 
 RANKS = [16, 3, 0, 64, 8]
 # Up to so many tokens a GPU takes base layer and adapters in one stream, where nothing hinders it.
@@ -128,3 +140,33 @@ class Site:
         value = linear(x.double(), self.weight.double()) + bias
         magnitude = linear(x.double().abs(), self.weight.double().abs()) + value.abs()
         return Expected(value, sum_error(x.shape[-1], magnitude, x.dtype))
+
+
+def check_chain(sites: Sequence[Site], num_tokens: int) -> None:
+    """Sites one behind the other, twice, in a graph: each kernel begins before the one in front has
+    ended, and reads what that wrote. Bit for bit as with a stop behind each."""
+    num_slots, device = sites[0].module.num_slots, sites[0].module.device
+    batch = make_batch([0] * num_tokens, num_slots, device)
+    x, outputs = sites[0].x(num_tokens), []
+
+    def steps(plan: Tensor, synchronise: bool = False) -> list[Tensor]:
+        results = [x]
+        for site in [*sites, *sites]:
+            results.append(site(results[-1], plan))
+            if synchronise:
+                torch.cuda.synchronize()
+        return results
+
+    def captured_steps() -> None:
+        outputs[:] = steps(batch.plan)
+
+    graph = capture(captured_steps)
+    for seed in range(4):
+        slots = random_slots(num_tokens, num_slots, generator("chain", seed))
+        fill(batch.plan, slots, num_slots)
+        for output in outputs[1:]:
+            output.fill_(NAN)
+        graph.replay()
+        want = steps(make_batch(slots, num_slots, device).plan, synchronise=True)
+        for output, expected in zip(outputs, want, strict=True):
+            assert_same_bits(output, expected)

@@ -6,13 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from generators import LAYOUTS, NAN, generator, make_batch, random_slots
-from linear_site import RANKS, Site
+from generators import LAYOUTS, generator, make_batch, random_slots
+from linear_site import RANKS, Site, check_chain
 from numerics import assert_same_bits
-from test_on_device import capture
-from test_plan_batch import fill
 
 
 @pytest.mark.gpu
@@ -84,27 +81,4 @@ def test_streams_of_weights_one_behind_the_other(num_tokens: int) -> None:
         Site(torch.bfloat16, "cuda", in_features=k, slices=[n], extra=0, ranks=ranks, bias=False)
         for k, n in [(2048, 6144), (6144, 1024), (1024, 2048)]
     ]
-    batch = make_batch([0] * num_tokens, len(ranks), "cuda")
-    x, outputs = sites[0].x(num_tokens), []
-
-    def steps(plan: Tensor, synchronise: bool = False) -> list[Tensor]:
-        results = [x]
-        for site in sites * 2:
-            results.append(site(results[-1], plan))
-            if synchronise:
-                torch.cuda.synchronize()
-        return results
-
-    def captured_steps() -> None:
-        outputs[:] = steps(batch.plan)
-
-    graph = capture(captured_steps)
-    for seed in range(4):
-        slots = random_slots(num_tokens, len(ranks), generator("chain", seed))
-        fill(batch.plan, slots, len(ranks))
-        for output in outputs[1:]:
-            output.fill_(NAN)
-        graph.replay()
-        want = steps(make_batch(slots, len(ranks), "cuda").plan, synchronise=True)
-        for output, expected in zip(outputs, want, strict=True):
-            assert_same_bits(output, expected)
+    check_chain(sites, num_tokens)

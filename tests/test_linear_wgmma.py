@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
-from generators import NAN, generator, make_batch, random_slots
-from linear_site import Site
+from generators import generator, make_batch, random_slots
+from linear_site import Site, check_chain
 from numerics import assert_same_bits
-from test_on_device import capture
-from test_plan_batch import fill
 
 RANKS = [16, 3, 0, 8, 12, 1, 16]
 TOKENS = 32  # at most
@@ -126,29 +123,5 @@ def test_some_tokens_of_a_plan_for_many() -> None:
 
 
 def test_one_behind_the_other() -> None:
-    """Each kernel begins before the one in front has ended, and reads what that wrote."""
     sites = [make_site(k, [n]) for k, n in [(2048, 9216), (9216, 1536), (1536, 2048)]]
-    batch = make_batch([0] * 30, len(RANKS), "cuda")
-    x, outputs = sites[0].x(30), []
-
-    def steps(plan: Tensor, synchronise: bool = False) -> list[Tensor]:
-        results = [x]
-        for site in sites * 2:
-            results.append(site(results[-1], plan))
-            if synchronise:
-                torch.cuda.synchronize()
-        return results
-
-    def captured_steps() -> None:
-        outputs[:] = steps(batch.plan)
-
-    graph = capture(captured_steps)
-    for seed in range(4):
-        slots = random_slots(30, len(RANKS), generator("chain", seed))
-        fill(batch.plan, slots, len(RANKS))
-        for output in outputs[1:]:
-            output.fill_(NAN)
-        graph.replay()
-        want = steps(make_batch(slots, len(RANKS), "cuda").plan, synchronise=True)
-        for output, expected in zip(outputs, want, strict=True):
-            assert_same_bits(output, expected)
+    check_chain(sites, 30)

@@ -1,0 +1,61 @@
+"""When lora_linear has a product of its own, and how: pure C++, held to what its kernels ask."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+testing = pytest.importorskip(
+    "lora_ext._testing", reason="needs a build with LORA_EXT_TEST_BUILD=1 and Python.h"
+)
+
+# At both ends of what the kernels take: any size at all would hardly ever be theirs.
+any_size = given(
+    num_tokens=st.sampled_from([0, 1, 8, 9, 16, 17, 24, 32, 33, 300]),
+    in_features=st.one_of(st.integers(1, 3_000), st.integers(1, 200_000)),
+    out_features=st.one_of(st.integers(1, 8_000), st.integers(1, 200_000)),
+    num_slices=st.integers(1, 8),
+    max_rank=st.sampled_from([1, 8, 16, 32, 33, 64, 256, 1024]),
+    sm_count=st.sampled_from([1, 78, 108, 132, 148]),
+)
+
+
+@any_size
+@settings(max_examples=2000)
+def test_one_stream_of_weights_serves_few_tokens(**size: int) -> None:
+    config = testing.linear_config(**size)
+    num_tokens, xa = size["num_tokens"], size["num_slices"] * size["max_rank"]
+    if config.blocks:
+        assert num_tokens <= min(8 * config.blocks, testing.LINEAR_MAX_TOKENS)
+        assert 1 <= config.groups <= min(size["sm_count"], -(-size["out_features"] // 16))
+        assert 4 * 8 * config.blocks * xa <= 32 * 1024
+    else:
+        assert num_tokens == 0 or num_tokens > testing.LINEAR_MAX_TOKENS or xa > 256
+
+
+@any_size
+@settings(max_examples=2000)
+def test_a_product_by_clusters_serves_a_few_dozen_tokens(**size: int) -> None:
+    cluster = testing.linear_wgmma_cluster(**size)
+    assert 0 <= cluster <= 6
+    if cluster:
+        assert testing.LINEAR_MAX_TOKENS < size["num_tokens"] <= testing.LINEAR_WGMMA_MAX_TOKENS
+        assert size["max_rank"] <= 32
+        assert size["in_features"] >= 256 * cluster
+        tiles = -(-size["out_features"] // 128)
+        assert 2 * tiles * cluster >= size["sm_count"]
+        assert cluster == 1 or tiles * cluster <= size["sm_count"] * 3 // 2
+
+
+@pytest.mark.parametrize("without", ["half", "capable", "vector"])
+def test_conditions(without: str) -> None:
+    size = {"num_tokens": 8, "in_features": 4096, "out_features": 6144}
+    size |= {"num_slices": 3, "max_rank": 64}
+    assert testing.linear_config(**size).blocks == 1
+    assert testing.linear_config(**size, **{without: False}).blocks == 0
+    assert testing.linear_config(**size, batch_invariant=True).blocks == 0
+    size |= {"num_tokens": 24, "max_rank": 16}
+    assert testing.linear_wgmma_cluster(**size) == 4
+    assert testing.linear_wgmma_cluster(**size, **{without: False}) == 0
+    assert testing.linear_wgmma_cluster(**size, batch_invariant=True) == 0
