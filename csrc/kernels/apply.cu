@@ -7,6 +7,7 @@
 #include "kernels/decode_wide.h"
 #include "kernels/kernels.h"
 #include "kernels/launch.cuh"
+#include "kernels/linear_heuristics.h"
 #include "kernels/wide_apply.h"
 
 namespace lora_ext::cuda {
@@ -109,9 +110,15 @@ int64_t apply_workspace(const ApplyParams& p) {
   return std::max(p.num_tokens * columns, shrink_layout_elements(shrink_of(p)));
 }
 
+// What runs beside it, or comes next, is a base layer's product.
 int apply_shrink(const ApplyParams& p) {
-  const ApplyConfig config = apply_config_of(p);
-  return config.decode ? decode_shrink(p, config) : shrink(shrink_of(p));
+  const ApplyShape shape = apply_shape_of(p);
+  ApplyConfig config = apply_config(shape);
+  if (!config.decode) {
+    return shrink(shrink_of(p));
+  }
+  config.shared_percent = shrink_beside_product_percent(shape);
+  return decode_shrink(p, config);
 }
 
 int apply_expand(const ApplyParams& p, bool after_shrink) {
@@ -129,9 +136,9 @@ int apply(const ApplyParams& p) {
   if (decode_is_wide(shape) && decode_wide_takes(p)) {
     return decode_wide(p, wide_split(shape));
   }
-  if (apply_config(shape).decode) {
-    const int error = apply_shrink(p);
-    return error != 0 ? error : apply_expand(p, true);
+  if (const ApplyConfig config = apply_config(shape); config.decode) {
+    const int error = decode_shrink(p, config);
+    return error != 0 ? error : decode_expand(p, config, true);
   }
   ShrinkParams down = shrink_of(p);
   ExpandParams up = expand_of(p);

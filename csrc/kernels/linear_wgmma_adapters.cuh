@@ -8,112 +8,92 @@
 namespace lora_ext::cuda {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-// By the helpers: the batch's slots, and of each the groups of tokens.
+// By the helpers: the batch's slots, of each the groups of tokens, and where xa of the CTA's own
+// tokens comes from.
 template <typename Traits>
 __device__ __forceinline__ void find_entries(const DecodeBatch& p, typename Traits::Shared& shared,
-                                             int thread) {
+                                             uint32_t own, int thread) {
   for (int i = thread; i < Traits::kTokens; i += kLinearHelpers) {
     shared.token_entry[i] = -1;
     shared.entry[i].groups = 0;
   }
+  if (thread == 0) {
+    shared.quads = 0;
+  }
+  // Lane i of the first warp has tile i; those that are more belong to a plan for more tokens.
+  static_assert(Traits::kTokens <= 32);
+  int4 tile = {};
+  int at = 0;
   if (thread < 32) {
-    int entries = 0, quads = 0, last = -1;
-    const int tiles = min(p.tile_capacity, Traits::kTokens);
-#pragma unroll 1
-    for (int first = 0; first < tiles; first += 32) {
-      const int tile = first + thread;
-      const int4 raw = __ldcg(reinterpret_cast<const int4*>(p.tiles + min(tile, tiles - 1)));
-      const bool exists = tile < tiles && raw.x >= 0;
-      const int slot = exists ? raw.x : -1;
-      const int rank = exists ? min(__ldcg(p.ranks + slot), p.max_rank) : 0;
-      int before = __shfl_up_sync(0xffffffffu, slot, 1);
-      before = thread == 0 ? last : before;
-      const bool begins = rank > 0 && slot != before;
-      const unsigned beginners = __ballot_sync(0xffffffffu, begins);
-      const int at = entries + __popc(beginners & ((2u << thread) - 1)) - 1;
-      if (begins) {
-        shared.entry[at].slot = slot;
-        shared.entry[at].rank = rank;
-      }
-      const int own = rank > 0 ? (raw.z + 3) / 4 : 0;
-      int upto = own;
-#pragma unroll
-      for (int d = 1; d < 32; d *= 2) {
-        const int other = __shfl_up_sync(0xffffffffu, upto, d);
-        upto += thread >= d ? other : 0;
-      }
-      // More than the CTA has room for are those of a plan for more tokens than this call has.
-      for (int i = 0; i < own; ++i) {
-        const int quad = quads + upto - own + i;
-        if (quad < Traits::kTokens) {
-          shared.quad[quad] = {tile, i, at};
-          // Where the permutation has them, for now.
-          shared.quad_token[quad][0] = raw.y + 4 * i;
-          shared.quad_token[quad][1] = raw.y + raw.z;
-        }
-      }
-      entries += __popc(beginners);
-      quads += __shfl_sync(0xffffffffu, upto, 31);
-      last = __shfl_sync(0xffffffffu, slot, 31);
-      if (last < 0) {
-        break;
-      }
+    tile = read_plan<true>(
+        reinterpret_cast<const int4*>(p.tiles + min(thread, p.tile_capacity - 1)));
+    const int slot = thread < min(p.tile_capacity, Traits::kTokens) ? tile.x : -1;
+    const int rank = slot >= 0 ? min(read_plan<true>(p.ranks + slot), p.max_rank) : 0;
+    const float scaling = slot >= 0 ? read_plan<true>(p.scalings + slot) : 0.0f;
+    const int before = __shfl_up_sync(0xffffffffu, slot, 1);
+    const bool begins = rank > 0 && (thread == 0 || slot != before);
+    const unsigned beginners = __ballot_sync(0xffffffffu, begins);
+    at = __popc(beginners & ((2u << thread) - 1)) - 1;
+    if (begins) {
+      shared.entry[at].slot = slot;
+      shared.entry[at].rank = rank;
+      shared.entry[at].scaling = scaling;
     }
     if (thread == 0) {
-      shared.entries = entries;
-      shared.quads = min(quads, Traits::kTokens);
+      shared.entries = __popc(beginners);
     }
+    tile.z = rank > 0 ? tile.z : 0;
   }
   device::cta_barrier_sync(kHelpers, kLinearHelpers);
-  for (int i = thread; i < shared.quads; i += kLinearHelpers) {
-    const int at = shared.quad_token[i][0], end = shared.quad_token[i][1],
-              entry = shared.quad[i].entry;
+  for (int quarter = 0; 4 * quarter < tile.z; ++quarter) {
     int tokens[4];
+    bool has = false;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      tokens[e] = at + e < end ? __ldcg(p.permutation + at + e) : -1;
+      const int entry = 4 * quarter + e;
+      tokens[e] = entry < tile.z && tile.y + entry < p.max_tokens
+                      ? read_plan<true>(p.permutation + tile.y + entry)
+                      : -1;
     }
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int token = tokens[e] < p.num_tokens ? tokens[e] : -1;
-      shared.quad_token[i][e] = token;
-      if (token >= 0) {
-        shared.token_entry[token] = entry;
-        atomicOr(&shared.entry[entry].groups, 1u << token / 8);
+      const bool is_own = token >= 0 && (own >> token / 8 & 1) != 0;
+      tokens[e] = is_own ? token : -1;
+      has |= is_own;
+      if (is_own) {
+        shared.token_entry[token] = at;
+        atomicOr(&shared.entry[at].groups, 1u << token / 8);
       }
+    }
+    if (has) {  // in any order: each quad's sums are its own
+      const int quad = atomicAdd(&shared.quads, 1);
+      shared.quad[quad] = {thread, quarter, at};
+      *reinterpret_cast<int4*>(shared.quad_token[quad]) =
+          make_int4(tokens[0], tokens[1], tokens[2], tokens[3]);
     }
   }
   device::cta_barrier_sync(kHelpers, kLinearHelpers);
 }
 
-// xa of a slice for the groups of tokens that the CTA has, from the parts of the shrink:
-// [token][ranks], zeros up to whole steps of 16.
+// xa of a slice for the CTA's own tokens, from the parts of the shrink, zeros up to whole steps of
+// 16 ranks.
 template <typename Traits>
 __device__ __forceinline__ void add_up_slice(const DecodeBatch& p, typename Traits::Shared& shared,
-                                             int slice, uint32_t own, int splits, int thread) {
+                                             int slice, int splits, int thread) {
   constexpr int kParts = 8;
   const int64_t stride = int64_t{p.num_slices} * p.max_rank * kTileTokens;
   const int xa_stride = Traits::xa_stride(p.max_rank);
   const int ranks = (p.max_rank + 15) / 16 * 16, items = shared.quads * ranks;
-  int quad = small_quotient(thread, ranks), j = thread - quad * ranks;
-  const auto advance = [&] {
-    for (j += kLinearHelpers; j >= ranks; j -= ranks) {
-      ++quad;
-    }
-  };
 #pragma unroll 1
-  for (int i = thread; i < items; i += kLinearHelpers, advance()) {
+  for (int i = thread; i < items; i += kLinearHelpers) {
+    const int quad = small_quotient(i, ranks), j = i - quad * ranks;
     const auto at = shared.quad[quad];
     const int4 tokens = *reinterpret_cast<const int4*>(shared.quad_token[quad]);
-    const int token[4] = {tokens.x, tokens.y, tokens.z, tokens.w};
-    const auto has = [&](int e) { return token[e] >= 0 && (own >> token[e] / 8 & 1) != 0; };
-    if (!has(0) && !has(1) && !has(2) && !has(3)) {
-      continue;
-    }
-    const int rank = shared.entry[at.entry].rank;
     float4 sum = make_float4(0, 0, 0, 0);
+    const int rank = shared.entry[at.entry].rank;
     if (j < rank) {
-      const float scaling = __ldcg(p.scalings + shared.entry[at.entry].slot);
+      const float scaling = shared.entry[at.entry].scaling;
       const float* from =
           p.partial + at.tile * splits * stride + (slice * rank + j) * kTileTokens + 4 * at.quarter;
       for (int c = 0; c < splits; c += kParts) {
@@ -132,25 +112,29 @@ __device__ __forceinline__ void add_up_slice(const DecodeBatch& p, typename Trai
       }
       sum.x *= scaling, sum.y *= scaling, sum.z *= scaling, sum.w *= scaling;
     }
+    const int token[4] = {tokens.x, tokens.y, tokens.z, tokens.w};
     const float values[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      if (has(e)) {
+      if (token[e] >= 0) {
         shared.xa[token[e] * xa_stride + j] = values[e];
       }
     }
   }
 }
 
+// The shrink, which is the kernel before, has waited for all before it, so that all but its sums may
+// be read at once.
 template <typename T, typename Traits>
 __device__ __forceinline__ void help(const LinearWgmmaParams& p, typename Traits::Shared& shared,
                                      const LinearPart& part, int thread) {
-  device::grid_dependency_wait();
-  find_entries<Traits>(p.batch, shared, thread);
+  const uint32_t own = part.groups<Traits::kGroups>();
+  find_entries<Traits>(p.batch, shared, own, thread);
   if (thread % 32 == 0) {
     device::barrier_arrive(&shared.found);
   }
-  const int splits = p.batch.split_rules.parts(__ldcg(p.batch.header + kNumTiles));
+  const int splits = p.batch.split_rules.parts(read_plan<true>(p.batch.header + kNumTiles));
+  device::grid_dependency_wait();
   uint32_t turn = 1;
   for (int slice = 0; slice < p.batch.num_slices && shared.entries > 0; ++slice) {
     if (!part.has(p, slice)) {
@@ -158,7 +142,7 @@ __device__ __forceinline__ void help(const LinearWgmmaParams& p, typename Traits
     }
     device::barrier_wait(&shared.xa_empty, turn);
     turn ^= 1;
-    add_up_slice<Traits>(p.batch, shared, slice, part.groups<Traits::kGroups>(), splits, thread);
+    add_up_slice<Traits>(p.batch, shared, slice, splits, thread);
     __syncwarp();
     if (thread % 32 == 0) {
       device::barrier_arrive(&shared.xa_full);

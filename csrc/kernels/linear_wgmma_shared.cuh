@@ -56,15 +56,17 @@ struct LinearWgmmaTraits {
     // Of each slot in the batch that has a rank.
     struct {
       int slot, rank;
+      float scaling;
       uint32_t groups;  // of 8 tokens, that it has one in
     } entry[kTokens];
     int entries;
     alignas(8) int token_entry[kTokens];  // -1: no adapter
-    // Up to four tokens of one tile of the plan: where their sums are, in units of four tokens.
+    // Up to four tokens of one tile of the plan, of which the CTA has one at least: where their
+    // sums are, in units of four tokens.
     struct Quad {
       int tile, quarter, entry;
     } quad[kTokens];
-    alignas(16) int quad_token[kTokens][4];  // -1: none
+    alignas(16) int quad_token[kTokens][4];  // -1: none of the CTA's
     int quads;
     alignas(16) float xa[4];  // [token][ranks], then the others' sums, [CTA][own group][thread][4]
   };

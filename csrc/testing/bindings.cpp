@@ -103,6 +103,13 @@ void bind_linear(py::module_& m) {
   };
   bind("linear_config", linear_config);
   bind("linear_wgmma_cluster", linear_wgmma_cluster);
+  m.def(
+      "shrink_beside_product_percent",
+      [](int64_t num_tokens, int64_t num_slots, int64_t in_features, int num_slices, int max_rank) {
+        return shrink_beside_product_percent(
+            {num_tokens, num_slots, in_features, 0, num_slices, max_rank, 132, true, false});
+      },
+      py::kw_only(), "num_tokens"_a, "num_slots"_a, "in_features"_a, "num_slices"_a, "max_rank"_a);
 }
 
 void bind_shrink(py::module_& m) {
