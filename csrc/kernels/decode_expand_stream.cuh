@@ -134,13 +134,9 @@ __device__ __forceinline__ void decode_expand_blocks(const DecodeExpandParams& p
           continue;
         }
         float delta[8];
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          delta[i] = acc[i / 2][o / 2][i % 2 * 2 + o % 2];
-          if constexpr (device::kNeedsScale<T>) {
-            delta[i] *= device::scale_up(token_max[8 * (o / 2) + 2 * q + o % 2]);
-          }
-        }
+        const int row = 8 * (o / 2) + 2 * q + o % 2;
+        lane_delta<T>(acc, o, device::kNeedsScale<T> ? device::scale_up(token_max[row]) : 1.0f,
+                      delta);
         device::Outputs<Y> values;
         values.load(y_at + o * kExpandThreads * 8);
         values.add(delta);

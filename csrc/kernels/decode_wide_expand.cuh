@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/decode_wide.cuh"
+#include "kernels/output_span.cuh"
 
 namespace lora_ext::cuda {
 
@@ -106,24 +107,14 @@ __global__ void __launch_bounds__(kWideThreads)
 
 // kSteps: steps of 16 ranks.
 template <typename Y, int kSteps>
-struct WideExpandTraits {
+struct WideExpandTraits : OutputSpan<Y> {
   static constexpr int kQuads = 4 * kSteps;
   static constexpr int kChunks = 2 * kSteps;       // of eight ranks, a row of weights
   static constexpr int kStride = kSteps * 16 + 8;  // elements; odd in chunks: no bank conflicts
-  static constexpr int kRowBytes = kSpan * sizeof(Y);
-  static constexpr int kSpanBytes = kTileTokens * kRowBytes;  // of a warp
-  // Copies of 16 bytes: a warp's copy i is of rows kCopyRows * i and following.
-  static constexpr int kRowChunks = kRowBytes / 16;
-  static constexpr int kCopyRows = 32 / kRowChunks;
-  static constexpr int kCopies = kTileTokens / kCopyRows;
   static constexpr int kXaAt = kWideColumns * kStride * 2;
   static constexpr int kOutputsAt = kXaAt + kWideTileTokens * kQuads * 16;
-  static constexpr int kSharedBytes = kOutputsAt + kWideWarps * kSpanBytes;
+  static constexpr int kSharedBytes = kOutputsAt + kWideWarps * OutputSpan<Y>::kSpanBytes;
 
-  // Where a chunk lies in a warp's span of y: neither whole rows nor fragments meet in a bank.
-  __device__ static int at(int row, int chunk) {
-    return row * kRowBytes + (chunk ^ (row & 6)) * 16;
-  }
   __device__ static int xa_at(int token, int quad) {
     return kXaAt + (token * kQuads + (quad ^ (token & 1) * 4)) * 16;
   }
@@ -136,7 +127,7 @@ __global__ void __launch_bounds__(kWideThreads, 2)
                               const __grid_constant__ WideWork work, int blocks) {
   using Traits = WideExpandTraits<Y, kSteps>;
   constexpr int kQuads = Traits::kQuads, kStride = Traits::kStride, kChunks = Traits::kChunks;
-  constexpr int kPerChunk = 16 / sizeof(Y);
+  constexpr int kPerChunk = Traits::kPerChunk;
   extern __shared__ __align__(128) unsigned char shared[];
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4,
             q = lane % 4;
@@ -267,35 +258,7 @@ __global__ void __launch_bounds__(kWideThreads, 2)
         }
       }
     }
-    // Output o of a lane: token 8 * (o / 2) + 2 q + o % 2, columns 8 g and following.
-#pragma unroll
-    for (int o = 0; o < 4; ++o) {
-      const int row = 8 * (o / 2) + 2 * q + o % 2;
-      float delta[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        delta[i] = acc[i / 2][o / 2][i % 2 * 2 + o % 2];
-        if constexpr (device::kNeedsScale<T>) {
-          delta[i] *= scales[o];
-        }
-      }
-      constexpr int kParts = 8 / kPerChunk;  // chunks of eight outputs
-      device::Outputs<Y> values;
-#pragma unroll
-      for (int i = 0; i < kParts; ++i) {
-        const uint4 raw =
-            *reinterpret_cast<const uint4*>(outputs + Traits::at(row, g * kParts + i));
-        values.words[4 * i] = raw.x, values.words[4 * i + 1] = raw.y;
-        values.words[4 * i + 2] = raw.z, values.words[4 * i + 3] = raw.w;
-      }
-      values.add(delta);
-#pragma unroll
-      for (int i = 0; i < kParts; ++i) {
-        *reinterpret_cast<uint4*>(outputs + Traits::at(row, g * kParts + i)) =
-            make_uint4(values.words[4 * i], values.words[4 * i + 1], values.words[4 * i + 2],
-                       values.words[4 * i + 3]);
-      }
-    }
+    Traits::template add<T>(outputs, acc, scales);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < Traits::kCopies; ++i) {

@@ -25,8 +25,8 @@ __device__ __forceinline__ void find_entries(const DecodeBatch& p, typename Trai
   int4 tile = {};
   int at = 0;
   if (thread < 32) {
-    tile = read_plan<true>(
-        reinterpret_cast<const int4*>(p.tiles + min(thread, p.tile_capacity - 1)));
+    tile =
+        read_plan<true>(reinterpret_cast<const int4*>(p.tiles + min(thread, p.tile_capacity - 1)));
     const int slot = thread < min(p.tile_capacity, Traits::kTokens) ? tile.x : -1;
     const int rank = slot >= 0 ? min(read_plan<true>(p.ranks + slot), p.max_rank) : 0;
     const float scaling = slot >= 0 ? read_plan<true>(p.scalings + slot) : 0.0f;
@@ -123,8 +123,8 @@ __device__ __forceinline__ void add_up_slice(const DecodeBatch& p, typename Trai
   }
 }
 
-// The shrink, which is the kernel before, has waited for all before it, so that all but its sums may
-// be read at once.
+// The shrink, which is the kernel before, has waited for all before it, so that all but its sums
+// may be read at once.
 template <typename T, typename Traits>
 __device__ __forceinline__ void help(const LinearWgmmaParams& p, typename Traits::Shared& shared,
                                      const LinearPart& part, int thread) {
