@@ -289,6 +289,34 @@ def test_the_decode_expand_streams_where_its_grid_would_be_large(**shape: int) -
     assert (ctas[0] == 0) == (shape["blocks"] <= most)  # one token, one tile
 
 
+def test_an_embedding_of_few_tokens_needs_no_tiles() -> None:
+    assert testing.embedding_is_few(num_tokens=8, whole_columns=True)
+    assert not testing.embedding_is_few(num_tokens=9, whole_columns=True)
+    assert testing.embedding_is_few(num_tokens=16, whole_columns=False)
+    assert not testing.embedding_is_few(num_tokens=17, whole_columns=False)
+
+
+@given(num_tokens=TOKENS, num_slots=SLOTS, max_rank=st.integers(1, 1024))
+def test_an_embedding_is_wide_where_tiles_are_half_full(
+    num_tokens: int, num_slots: int, max_rank: int
+) -> None:
+    wide = testing.embedding_is_wide(num_tokens=num_tokens, num_slots=num_slots, max_rank=max_rank)
+    tiles = max(-(-num_tokens // 64), min(num_tokens, num_slots))
+    assert wide == (max_rank > 32 and num_tokens >= 32 * tiles)
+
+
+@given(num_tokens=st.integers(1, 40_000), num_slots=SLOTS, sm_count=SM_COUNTS)
+def test_the_grid_of_an_embedding_has_all_likely_tiles(
+    num_tokens: int, num_slots: int, sm_count: int
+) -> None:
+    tiles = testing.embedding_grid_tiles(
+        num_tokens=num_tokens, num_slots=num_slots, sm_count=sm_count
+    )
+    likely = max(-(-num_tokens // 64), min(num_tokens, num_slots))
+    most = testing.max_tiles(num_tokens, num_slots, testing.WIDE_TILE_TOKENS)
+    assert min(likely, most) <= tiles <= min(most, likely + sm_count // 4)
+
+
 @given(num_slots=SLOTS, out_features=FEATURES, sm_count=SM_COUNTS)
 def test_the_expand_is_narrow_for_small_batches_only(**shape: int) -> None:
     narrow = [testing.expand_is_narrow(num_tokens=2**i, **shape) for i in range(24)]

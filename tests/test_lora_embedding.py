@@ -160,6 +160,50 @@ def test_applied_form(device, width, num_extra):
             assert_same_bits(y[:, width:], before[:, width:])
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["vocabulary-major", "rank-major"])
+@pytest.mark.parametrize("tokens", [1, 7, 13, 40, 150, 260, 700])
+@pytest.mark.parametrize(
+    "ranks_list",
+    [[16, 8, 0, 3], [32, 20, 0, 7], [64, 40, 0, 33], [128, 72, 0, 5]],
+    ids=["r16", "r32", "r64", "r128"],
+)
+def test_applied_form_of_aligned_tensors(device, ranks_list, tokens, whole):
+    """What the kernels by tokens and by tiles take, and what they must leave alone."""
+    width, max_rank = 200, ranks_list[0]
+    for dtype in (torch.bfloat16, torch.float16):
+        gen = generator("aligned", max_rank, tokens)
+        table, extra = make_tables(ranks_list, 50, 3, dtype, device, gen)
+        if whole:
+            table = table.transpose(1, 2).contiguous().transpose(1, 2)
+        ranks, scalings = vectors(ranks_list, device, gen)
+        b = randn((4, width, max_rank), dtype, device, gen)
+        for slot, rank in enumerate(ranks_list):
+            b[slot, :, rank:] = NAN
+        # Few tokens of one slot, many of another; a plan for more tokens than the call has.
+        slots = random_slots(tokens // 3, 4, gen)
+        slots += [2 * (t % 2) - (t % 7 == 0) for t in range(tokens // 3, tokens + 5)]
+        batch = make_batch(slots, 4, device, tokens + 30)
+        token_slots = batch.token_slots[:tokens]
+        ids = torch.randint(-1, 58, (tokens,), generator=gen)
+        ids = ids.to(device, torch.int32 if tokens % 2 else torch.int64)
+        y = randn((tokens, width + 8), dtype, device, gen)
+        before = y.clone()
+        rest = (ranks, scalings, token_slots, 1, extra)
+        want = reference.embedding(ids, table, *rest)
+        xa = Expected(want, torch.finfo(torch.float32).eps * want.abs())
+        expected = expected_expand(y, xa, [b], ranks, token_slots, [width])
+        again = y.clone()
+        for result in (y, again):
+            ops.lora_embedding_apply_(
+                result, ids, table, b, ranks, scalings, batch.plan, vocab_start=1, extra_a=extra
+            )
+        assert_close(y, expected)
+        assert_same_bits(again, y)
+        idle = [t for t, slot in enumerate(slots[:tokens]) if slot in (-1, 2)]
+        assert_same_bits(y[idle], before[idle])
+        assert_same_bits(y[:, width:], before[:, width:])
+
+
 def test_offsets_past_32_bits(device):
     stride = 2**30 + 8
     try:

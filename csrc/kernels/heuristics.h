@@ -119,7 +119,6 @@ struct ApplyConfig {
 // The decode kernels pay while a tile's weights are what moves; past that x and y are, and the wide
 // kernels read each once.
 constexpr int64_t kDecodeMaxTokens = 256;
-constexpr int64_t kOneKernelTokens = 256;
 constexpr int kDecodeWarps = 8;  // of a CTA of the shrink; they share K in steps of 32
 
 // Tiles that a batch will likely have: all slots in use, or all tiles full, whichever is more. The
@@ -248,10 +247,26 @@ inline int64_t decode_stream_ctas(int64_t num_tokens, int64_t num_slots, int64_t
   return many ? int64_t{resident} * sm_count : 0;
 }
 
-// An embedding's gather and expand in one launch; with many tokens the wide expand, which reads B
-// for more of them at a time, is worth a launch of its own.
-inline bool embedding_is_one_kernel(int64_t num_tokens, bool half) {
-  return half && num_tokens <= kOneKernelTokens;
+// Tokens of an embedding up to which each has CTAs of its own, which need nothing of the plan but
+// the token's slot (one token, rank 64: 2.7 -> 1.9 us); with more, weights should serve tiles of
+// them (16 tokens: 4.3 -> 3.5), for which columns of A that are not in one piece are gathered first
+// (16 tokens: 4.4 -> 5.6).
+inline bool embedding_is_few(int64_t num_tokens, bool whole_columns) {
+  return num_tokens <= (whole_columns ? 8 : 16);
+}
+
+// Whether an embedding's tiles are full enough for products of 64 tokens at a time, and ranks high
+// enough that products count (rank 64: 2,048 tokens 16.1 -> 14.1 us, 256 tokens of 8 slots 5.9 ->
+// 5.7, but of 32 slots 9.5 -> 10.6).
+inline bool embedding_is_wide(int64_t num_tokens, int64_t num_slots, int max_rank) {
+  return max_rank > 32 && num_tokens >= 32 * likely_tiles(num_tokens, num_slots, kWideTileTokens);
+}
+
+// Tiles that the grid of an embedding has CTAs for: all that are likely, and some that slots leave
+// partly filled; with more, CTAs serve several in turn.
+inline int64_t embedding_grid_tiles(int64_t num_tokens, int64_t num_slots, int sm_count) {
+  return std::min(max_tiles(num_tokens, num_slots, kWideTileTokens),
+                  likely_tiles(num_tokens, num_slots, kWideTileTokens) + sm_count / 4);
 }
 
 struct ShrinkShape {

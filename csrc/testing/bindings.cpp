@@ -166,6 +166,11 @@ void bind_expand(py::module_& m) {
   m.def("decode_stream_ctas", &decode_stream_ctas, py::kw_only(), "num_tokens"_a, "num_slots"_a,
         "blocks"_a, "max_rank"_a, "resident"_a, "sm_count"_a);
   m.def("expand_streams", &expand_streams, py::kw_only(), "num_tokens"_a, "max_rank"_a);
+  m.def("embedding_is_few", &embedding_is_few, py::kw_only(), "num_tokens"_a, "whole_columns"_a);
+  m.def("embedding_is_wide", &embedding_is_wide, py::kw_only(), "num_tokens"_a, "num_slots"_a,
+        "max_rank"_a);
+  m.def("embedding_grid_tiles", &embedding_grid_tiles, py::kw_only(), "num_tokens"_a, "num_slots"_a,
+        "sm_count"_a);
 }
 
 void bind_gradient(py::module_& m) {
