@@ -2,13 +2,13 @@
 // where an expert has many pairs, x.
 //
 // A CTA of four warps serves one tile, up to 64 rows of A and a part of K; every weight and every x
-// of the CTA is loaded once, by asynchronous copies that run some steps ahead. The weights are the
-// 16-row operand of the mma, the pairs its 8-column one, and a tile of one pair wastes no weight
-// bandwidth. Few pairs: the warps divide K, and their sums meet in shared memory in fixed order.
-// Many: they divide rows and pairs, and share what they load; with more than 64 rows of A one CTA
-// does two CTAs' rows then, so that x is read once. Parts of K of different CTAs go to planes of
-// the workspace of their own.
-#include "kernels/moe_shrink_tiles.cuh"
+// of the CTA is loaded once, by asynchronous copies that run some steps ahead. Few pairs: the
+// weights are the 16-row operand of the mma, the pairs its 8-column one, and a tile of one pair
+// wastes no weight bandwidth; the warps divide K, and their sums meet in shared memory in fixed
+// order. Many: the warps share what they load, and the products; with more than 64 rows of A one
+// CTA does two CTAs' rows then, so that x is read once. Parts of K of different CTAs go to planes
+// of the workspace of their own.
+#include "kernels/moe_shrink_many.cuh"
 
 namespace lora_ext::cuda {
 namespace {
@@ -16,6 +16,7 @@ namespace {
 // With very many pairs a third CTA on an SM is worth more than it takes; with fewer, CTAs would
 // crowd on some SMs, and this much shared memory keeps it out.
 constexpr int kThirdBlockPairs = 8192, kTwoBlocksBytes = 80 * 1024;
+constexpr int kDeepPairs = 1024;  // from which on deeper rings pay for more than 64 rows
 
 // What will likely be read of A and x, to L2, before it may be: the routing and x may be yet to be
 // written, but as an address of a prefetch, kept inside the tensors, what is read of them does no
@@ -196,9 +197,12 @@ cudaError_t moe_shrink(const MoeApplyParams& p, const MoeShrinkConfig& config) {
   shape.cluster = 1;
   shape.dependent = true;
   shape.shared_percent = moe_shared_percent(config);
-  // Two slices up to rank 16, whose expand is small enough to be beside two such CTAs.
+  // Two slices up to rank 16, whose expand is small enough to be beside two such CTAs; or more
+  // rows, where many have work on an SM alone (T512 shared, rank 64: 53.9 -> 51.0 us, but T32 45.1
+  // -> 45.6).
   const bool deep =
-      p.max_rank <= 16 && config.prefetch_features == 0 && p.num_pairs <= kThirdBlockPairs;
+      p.num_pairs <= kThirdBlockPairs &&
+      (wide ? p.num_pairs >= kDeepPairs : p.max_rank <= 16 && config.prefetch_features == 0);
   return dispatch_half(p.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     if (!vector) {
@@ -212,8 +216,13 @@ cudaError_t moe_shrink(const MoeApplyParams& p, const MoeShrinkConfig& config) {
                                                       p.stream)
                     : launch<T, 2, false, true>(params, shape, config.most_blocks_per_sm, p.stream);
       default:
-        return wide ? launch<T, 4, true, true>(params, shape, config.most_blocks_per_sm, p.stream)
-                    : launch<T, 4, false, true>(params, shape, config.most_blocks_per_sm, p.stream);
+        if (wide) {
+          return deep
+                     ? launch<T, 4, true, true, true>(params, shape, config.most_blocks_per_sm,
+                                                      p.stream)
+                     : launch<T, 4, true, true>(params, shape, config.most_blocks_per_sm, p.stream);
+        }
+        return launch<T, 4, false, true>(params, shape, config.most_blocks_per_sm, p.stream);
     }
   });
 }

@@ -1,4 +1,5 @@
-// The two ways in which a CTA of moe_shrink computes its rows of a tile: see moe_shrink.cu.
+// What both ways have in common in which a CTA of moe_shrink computes its rows of a tile, and the
+// one for few pairs: see moe_shrink.cu.
 #pragma once
 
 #include "common/ptx.cuh"
@@ -35,17 +36,16 @@ struct MoeShrinkShared {
   float scales[kMoeTilePairs];
 };
 
-// kRowBlocks: blocks of 16 rows that a CTA computes; kManyBlocks: where pairs are many. kDeep:
-// twice as many steps on their way, of which fewer CTAs have room on an SM.
+// kRowBlocks: blocks of 16 rows that a CTA computes; kManyBlocks: where pairs are many. kDeep: more
+// steps on their way, of which fewer CTAs have room on an SM.
 template <int kRowBlocks, bool kWide, bool kDeep = false>
 struct MoeShrinkTraits {
   static constexpr int kRows = 16 * kRowBlocks;
   static constexpr int kStride = kRows + 4;  // no two lanes of a store or load share a bank
   using Sums = float[16][kStride];           // of a warp
   static constexpr int kManyBlocks = kWide ? 2 * kRowBlocks : kRowBlocks;
-  // Steps of many pairs. Three where rows are many: with more bytes on their way the large batches,
-  // of few pairs a tile, take 2 % longer.
-  static constexpr int kSteps = kWide ? 3 : kDeep ? 8 : 4;
+  // Steps of many pairs. Three where rows are many: four would keep a third CTA out.
+  static constexpr int kSteps = kWide ? (kDeep ? 4 : 3) : kDeep ? 8 : 4;
   static constexpr int kSharedBytes = kSteps * (16 * kManyBlocks + kMoeTilePairs) * 128;
   static_assert(kMoeWarps * static_cast<int>(sizeof(Sums)) <= kSharedBytes);
 };
@@ -212,143 +212,6 @@ __device__ __forceinline__ void shrink_few(const MoeShrinkParams& p, const MoeSh
     }
     __syncthreads();
   }
-}
-
-// Many pairs: x is what moves, or both from L2. Steps of 64 values of K pass through shared memory,
-// several ahead; no warp reads what another one could have read for it. Warps share the rows, two
-// to a block of them, and the pairs, 16 at a time in turn.
-template <typename T, int kBlocks, int kBufferBytes, bool kVector>
-__device__ __forceinline__ void shrink_many(const MoeShrinkParams& p, const MoeShrinkWork& work,
-                                            const T* a, int64_t a_stride, MoeShrinkShared& shared,
-                                            unsigned char* buffer) {
-  constexpr int kPiece = 64;  // values of K, 128 bytes of a row, which the swizzle spans
-  constexpr int kStageBytes = (16 * kBlocks + kMoeTilePairs) * kPiece * 2;
-  constexpr int kStages = kBufferBytes / kStageBytes;
-  constexpr int kCopyRows = kMoeThreads / 8, kCopiesX = kMoeTilePairs / kCopyRows;
-  constexpr int kRowGroups = kBlocks == 1 ? 1 : 2, kPairGroups = kMoeWarps / kRowGroups;
-  constexpr int kOwnBlocks = kBlocks / kRowGroups, kOwnPairs = kMoeTilePairs / 16 / kPairGroups;
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4,
-            q = lane % 4;
-  // The rows that this thread copies are fixed: only an offset moves.
-  const int chunk = thread % 8, row = thread / 8;
-  const int swizzled = (row * 8 + (chunk ^ row % 8)) * 16;
-  const T* x_rows[kCopiesX];
-#pragma unroll
-  for (int i = 0; i < kCopiesX; ++i) {
-    const int pair = shared.pairs[row + kCopyRows * i];
-    x_rows[i] = pair >= 0
-                    ? static_cast<const T*>(p.x) +
-                          static_cast<int>(static_cast<unsigned>(pair) / p.x_divisor) * p.x_stride +
-                          8 * chunk
-                    : nullptr;
-  }
-  const T* a_row = a + (work.row0 + row) * a_stride + 8 * chunk;
-  const auto copy = [&](unsigned char* to, const T* from, int k) {
-    if constexpr (kVector) {
-      device::copy_async_16<true>(to, from + k, k + 8 * chunk < work.k_end ? 16 : 0);
-    } else {
-      device::Chunk<T, 8> values;
-      device::load_scalars(values, from + k, work.k_end - k - 8 * chunk);
-      *reinterpret_cast<device::Chunk<T, 8>*>(to) = values;
-    }
-  };
-  const int row_group = warp % kRowGroups, pair_group = warp / kRowGroups;
-  float acc[kOwnBlocks][2 * kOwnPairs][4] = {};
-  int fill_at = 0, use_at = 0, k = work.k_begin;
-  const int steps = (work.k_end - work.k_begin + kPiece - 1) / kPiece;
-#pragma unroll 1
-  for (int step = 1 - kStages; step < steps; ++step) {
-    if (step >= 0) {
-      device::copy_async_wait<kStages - 2>();
-      __syncthreads();  // this step's data are there, and every warp is done with the stage that is
-                        // filled next
-    }
-    if (k < work.k_end) {
-      unsigned char* to = buffer + fill_at + swizzled;
-#pragma unroll
-      for (int i = 0; i < kBlocks; ++i) {
-        if (work.row0 + row + kCopyRows * i < work.rows) {
-          copy(to + kCopyRows * i * 128, a_row + kCopyRows * i * a_stride, k);
-        }
-      }
-      to += kBlocks * 16 * 128;
-#pragma unroll
-      for (int i = 0; i < kCopiesX; ++i) {
-        if (x_rows[i] != nullptr) {
-          copy(to + kCopyRows * i * 128, x_rows[i], k);
-        }
-      }
-      k += kPiece;
-    }
-    device::copy_async_commit();
-    fill_at += kStageBytes;
-    fill_at = fill_at < kStages * kStageBytes ? fill_at : 0;
-    if (step < 0) {
-      continue;
-    }
-    const unsigned char* weights = buffer + use_at;
-    const unsigned char* tokens = weights + kBlocks * 16 * 128;
-#pragma unroll
-    for (int kk = 0; kk < kPiece / 16; ++kk) {
-      uint32_t w[kOwnBlocks][4];
-#pragma unroll
-      for (int b = 0; b < kOwnBlocks; ++b) {
-        const int r = 16 * (row_group * kOwnBlocks + b) + lane % 16;
-        device::ldmatrix_x4(w[b], weights + (r * 8 + ((2 * kk + lane / 16) ^ r % 8)) * 16);
-      }
-#pragma unroll
-      for (int n = 0; n < kOwnPairs; ++n) {
-        const int first = 16 * (n * kPairGroups + pair_group);
-        if (first < work.count) {
-          uint32_t t[4];
-          const int r = first + lane / 16 * 8 + lane % 8;
-          device::ldmatrix_x4(t, tokens + (r * 8 + ((2 * kk + lane / 8 % 2) ^ r % 8)) * 16);
-#pragma unroll
-          for (int b = 0; b < kOwnBlocks; ++b) {
-            device::mma<T>(acc[b][2 * n], w[b][0], w[b][1], w[b][2], w[b][3], t[0], t[1]);
-            device::mma<T>(acc[b][2 * n + 1], w[b][0], w[b][1], w[b][2], w[b][3], t[2], t[3]);
-          }
-        }
-      }
-    }
-    use_at += kStageBytes;
-    use_at = use_at < kStages * kStageBytes ? use_at : 0;
-  }
-  float* out = p.xa + work.split * p.xa_plane;
-  int columns[kOwnBlocks][2];
-#pragma unroll
-  for (int b = 0; b < kOwnBlocks; ++b) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int r = work.row0 + 16 * (row_group * kOwnBlocks + b) + 8 * h + g;
-      const int slice = p.packed ? r / work.rank : work.matrix;
-      columns[b][h] =
-          r < work.rows ? slice * p.xa_rank_stride + (p.packed ? r - slice * work.rank : r) : -1;
-    }
-  }
-#pragma unroll
-  for (int n = 0; n < 2 * kOwnPairs; ++n) {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int at = 16 * (n / 2 * kPairGroups + pair_group) + n % 2 * 8 + 2 * q + e;
-      const int pair = shared.pairs[at];
-      if (pair >= 0) {
-        const float scale = shared.scales[at];
-        float* to = out + pair * p.xa_row_stride;
-#pragma unroll
-        for (int b = 0; b < kOwnBlocks; ++b) {
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            if (columns[b][h] >= 0) {
-              to[columns[b][h]] = acc[b][n][2 * h + e] * scale;
-            }
-          }
-        }
-      }
-    }
-  }
-  device::copy_async_wait<0>();
-  __syncthreads();  // the pairs and the buffer are filled again
 }
 
 }  // namespace lora_ext::cuda
