@@ -1,5 +1,4 @@
-// The decode expand: a CTA serves a tile and 256 columns of y (see decode_tile.cuh). Also with
-// another source of xa than a shrink: an embedding's gather.
+// The decode expand: a CTA serves a tile and 256 columns of y (see decode_tile.cuh).
 #pragma once
 
 #include <type_traits>
