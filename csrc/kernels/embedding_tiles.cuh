@@ -409,13 +409,16 @@ __global__ void __launch_bounds__(kEmbeddingThreads, kBlocks)
       tile.template read_tokens<kWgmma>(p);
     }
     if (tile.slot < 0) {
-      return;
+      break;
     }
     if (tile.rank > 0) {
       embedding_tile<T, Traits>(p, tile, first_column, shared);
     }
     __syncthreads();  // the next tile fills all of it again
   }
+  // Who waits for this kernel counts on the gather before it too, which has written its room even
+  // where nobody here has read it.
+  device::grid_dependency_wait();
 }
 
 }  // namespace lora_ext::cuda
