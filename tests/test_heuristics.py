@@ -180,7 +180,7 @@ def test_the_shrink_covers_its_rows(**shape: int) -> None:
 )
 def test_the_shrink_by_wgmma_takes_what_the_chip_has(**shape: int) -> None:
     config = testing.shrink_wgmma_config(**shape)
-    assert config.rows in (16, 32, 48, 64, 128, 192)
+    assert config.rows in (16, 32, 48, 64, 96, 128, 192)
     assert config.rows < shape["rows"] + 64  # no block is mostly padding
     assert 1 <= config.cluster <= 8 or config.cluster == 16
     assert config.cluster == 1 or shape["in_features"] >= 512 * config.cluster
@@ -195,7 +195,7 @@ def test_the_shrink_by_wgmma_takes_what_the_chip_has(**shape: int) -> None:
     ("num_tokens", "rows", "expected"),
     [
         (304, 128, (64, 8, 108)),
-        (512, 192, (64, 8, 108)),
+        (512, 192, (96, 8, 108)),
         (1024, 384, (192, 2, 216)),
         (2048, 192, (192, 2, 216)),
         (2048, 48, (48, 5, 108)),
@@ -259,6 +259,38 @@ def test_xa_by_tiles_has_all_steps_once(data: st.DataObject, **shape: int) -> No
     )
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "in_features", "rows", "expected"),
+    [
+        (512, 4096, 192, (0, False)),  # clusters, all of which have room
+        (512, 14336, 16, (0, False)),  # clusters of 16 that have little to exchange
+        (512, 14336, 64, (132, True)),  # clusters of 16 that have much
+        (2048, 14336, 64, (0, False)),
+        (2048, 4096, 192, (132, True)),  # a CTA on each multiprocessor
+        (2048, 8192, 384, (66, True)),
+        (8192, 4096, 192, (132, False)),  # many tiles: the expand adds up a part or two
+    ],
+)
+def test_parts_of_xa_are_summed_where_there_are_many_of_a_tile(
+    num_tokens: int, in_features: int, rows: int, expected: tuple[int, bool]
+) -> None:
+    shape = {"num_slots": 16, "in_features": in_features, "rows": rows, "sm_count": 132}
+    layout = testing.xa_layout(num_tokens=num_tokens, **shape)
+    assert (layout.parts, layout.summed) == expected
+
+
+@given(
+    num_tokens=st.integers(257, 100_000),
+    row_steps=st.integers(1, 1000),
+    resident=st.integers(1, 1000),
+)
+def test_long_walks_of_the_expand_have_a_second_wave(**shape: int) -> None:
+    tiles = -(-shape["num_tokens"] // testing.WIDE_TILE_TOKENS)
+    steps = tiles * shape["row_steps"] / shape["resident"]
+    waves = testing.expand_walks(**shape) / shape["resident"]
+    assert waves == (2 if steps > 12 else 1)
+
+
 def test_the_columns_of_a_row_of_xa_are_those_of_a_matrix_product() -> None:
     columns = [testing.XaLayout.column(position) for position in range(32)]
     assert sorted(columns) == list(range(32))
@@ -315,13 +347,6 @@ def test_the_grid_of_an_embedding_has_all_likely_tiles(
     likely = max(-(-num_tokens // 64), min(num_tokens, num_slots))
     most = testing.max_tiles(num_tokens, num_slots, testing.WIDE_TILE_TOKENS)
     assert min(likely, most) <= tiles <= min(most, likely + sm_count // 4)
-
-
-@given(num_slots=SLOTS, out_features=FEATURES, sm_count=SM_COUNTS)
-def test_the_expand_is_narrow_for_small_batches_only(**shape: int) -> None:
-    narrow = [testing.expand_is_narrow(num_tokens=2**i, **shape) for i in range(24)]
-    assert narrow == sorted(narrow, reverse=True)
-    assert not narrow[-1]
 
 
 @given(

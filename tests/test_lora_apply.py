@@ -160,6 +160,25 @@ def test_many_tokens_of_high_ranks(device, max_rank):
                 check_apply(y, x, module, batch, "packed")
 
 
+@pytest.mark.parametrize("mix", ["runs", "random", "few"])
+def test_tiles_cut_into_many_parts(device, mix):
+    # As many parts of K as there are multiprocessors, over tiles of a few hundred tokens: a kernel
+    # of its own adds them up, some of each tile, or more than a hundred where one tile is all.
+    gen = generator("parts", mix)
+    slots = {
+        "runs": [0] * 700 + [1] * 150 + [-1] * 20 + [2] * 33 + [3] * 9 + [4] * 8,
+        "random": random_slots(850, 5, gen),
+        "few": [-1] * 830 + [0] * 20,
+    }[mix]
+    for dtype in (torch.bfloat16, torch.float16):
+        module = make_module([64, 40, 3, 0, 16], 9000, [72, 24, 64], dtype, device, max_rank=64)
+        y, x, batch = random_problem(module, slots, gen)
+        again = y.clone()
+        check_apply(y, x, module, batch, "packed")
+        apply_(again, x, module, module.weights("packed"), batch.plan)
+        assert_same_bits(again, y)
+
+
 def test_many_slots(device):
     gen = generator("many slots")
     ranks = [(7 * slot) % 20 for slot in range(300)]

@@ -61,9 +61,11 @@ struct PlanParams {
 // row each slice has room for its rank rounded up to 16, and of every 16 columns those that a lane
 // of a matrix product holds lie side by side: 2 q, 2 q + 1, 2 q + 8, 2 q + 9. Without parts, a
 // tile's place is its number. Else all tiles by all steps of K are cut into equal parts across
-// tiles, and each part has a place of its own for what it has summed up of a tile.
+// tiles, and each part has a place of its own for what it has summed up of a tile; the places lie
+// behind those of the tiles where the shrink adds the parts up itself.
 struct XaLayout {
   bool by_tile;  // else xa is a tensor with a row for each token
+  bool summed;   // with parts: the expand finds their sums, as if there were none
   int32_t most_tiles;
   int32_t parts;  // 0: tiles are never cut
   int32_t steps;  // of K, a tile
@@ -88,8 +90,11 @@ struct XaLayout {
     const int items = num_tiles * steps;
     return {used, items / used, items % used};
   }
-  // Grows from one part or tile to the next, so no two are at one place.
-  LORA_EXT_HOST_DEVICE static int place(int part, int tile) { return part + tile; }
+  // Of what a part has summed up of a tile. Grows from one part or tile to the next, so no two are
+  // at one place.
+  LORA_EXT_HOST_DEVICE int place(int part, int tile) const {
+    return part + tile + (summed ? most_tiles : 0);
+  }
   LORA_EXT_HOST_DEVICE static int padded(int rank) { return (rank + 15) / 16 * 16; }
   LORA_EXT_HOST_DEVICE static int column(int position) {
     const int e = position % 4;

@@ -1,11 +1,11 @@
 // y += xa B^T for tiles of tokens of one slot: what moves is y, read and written once.
 //
-// A CTA serves one (tile of 64 tokens, slice) and 512 columns (fewer where ranks are wide or CTAs
-// are few), 64 of them a warp. As for few tokens the weights are the 16-row operand and eight
-// neighbouring columns of y fall to one lane, so that a warp reads and writes whole 128-byte lines.
-// The warp keeps its weights while the tile's tokens pass, 16 at a time; their y is on its way two
-// rounds ahead (cp.async to where the same lane will read it, so no barrier is needed). xa is split
-// into two 16-bit halves in shared memory once.
+// A CTA serves one (tile of 64 tokens, slice) and 512 columns (256 where ranks are wide), 64 of
+// them a warp. As for few tokens the weights are the 16-row operand and eight neighbouring columns
+// of y fall to one lane, so that a warp reads and writes whole 128-byte lines. The warp keeps its
+// weights while the tile's tokens pass, 16 at a time; their y is on its way two rounds ahead
+// (cp.async to where the same lane will read it, so no barrier is needed). xa is split into two
+// 16-bit halves in shared memory once.
 #include "common/ptx.cuh"
 #include "common/vec.cuh"
 #include "kernels/expand_stream.cuh"
@@ -26,7 +26,7 @@ constexpr int kBuffers = 3;       // rounds of y in shared memory: one in use, t
 // kChunk: neighbouring ranks that a lane holds, 4 for pools of rank up to 16, else 8. Weights of up
 // to kStaged steps of ranks stay in shared memory; a slot of a higher rank reads them again for
 // each round.
-template <typename Y, int kChunk, int kWarpCount>
+template <typename Y, int kChunk>
 struct ExpandShared {
   static constexpr int kWarps =
       kChunk == 4 ? 8 : 4;  // wider ranks need more shared memory for each warp
@@ -55,10 +55,10 @@ LORA_EXT_HOST_DEVICE inline int expand_blocks(const Slices& slices, int slice, i
   return (slices.offset[slice + 1] - slices.offset[slice] + columns - 1) / columns;
 }
 
-template <typename T, typename Y, int kChunk, int kWarps, bool kVector>
+template <typename T, typename Y, int kChunk, bool kVector>
 __device__ __forceinline__ void expand_body(const ExpandParams& p, const Tile& tile, int rank,
                                             int slice, int block, unsigned char* shared) {
-  using Shared = ExpandShared<Y, kChunk, kWarps>;
+  using Shared = ExpandShared<Y, kChunk>;
   constexpr int kSpan = Shared::kSpan, kThreads = Shared::kThreads;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4,
             q = lane % 4;
@@ -276,10 +276,10 @@ __device__ __forceinline__ void expand_body(const ExpandParams& p, const Tile& t
 // after_xa: the kernel before in the stream wrote xa (shrink or embedding) and has itself waited
 // for all that came before it; so only xa is yet to come, and all else may be fetched while that
 // kernel is at work.
-template <typename T, typename Y, int kChunk, int kWarps, bool kGeneral>
-__global__ void __launch_bounds__(ExpandShared<Y, kChunk, kWarps>::kThreads, 3)
+template <typename T, typename Y, int kChunk, bool kGeneral>
+__global__ void __launch_bounds__(ExpandShared<Y, kChunk>::kThreads, 3)
     expand_kernel(const __grid_constant__ ExpandParams p, unsigned blocks_per_tile, bool vector_y) {
-  using Shared = ExpandShared<Y, kChunk, kWarps>;
+  using Shared = ExpandShared<Y, kChunk>;
   extern __shared__ __align__(128) unsigned char shared[];
   int* token_ids = reinterpret_cast<int*>(shared);
   if (!p.after_xa) {
@@ -311,13 +311,13 @@ __global__ void __launch_bounds__(ExpandShared<Y, kChunk, kWarps>::kThreads, 3)
     return;
   }
   if constexpr (!kGeneral) {
-    expand_body<T, Y, kChunk, kWarps, true>(p, tile, rank, slice, block, shared);
+    expand_body<T, Y, kChunk, true>(p, tile, rank, slice, block, shared);
   } else {
     const T* b = static_cast<const T*>(p.b.base[slice]) + p.b.row_offset(tile.slot, slice, rank, 0);
     if (vector_y && p.b.stride(slice, rank) % kChunk == 0 && device::is_aligned(b, 2 * kChunk)) {
-      expand_body<T, Y, kChunk, kWarps, true>(p, tile, rank, slice, block, shared);
+      expand_body<T, Y, kChunk, true>(p, tile, rank, slice, block, shared);
     } else {
-      expand_body<T, Y, kChunk, kWarps, false>(p, tile, rank, slice, block, shared);
+      expand_body<T, Y, kChunk, false>(p, tile, rank, slice, block, shared);
     }
   }
 }
@@ -374,14 +374,15 @@ cudaError_t launch_stream(const ExpandParams& p) {
   }
   const int64_t items = max_tiles(p.num_tokens, p.plan.num_slots, kWideTileTokens) * row_steps;
   LaunchShape shape{};
-  shape.grid = dim3(static_cast<unsigned>(
-      std::min<int64_t>(items, int64_t{device_properties().sm_count} * kBlocks)));
+  const int64_t resident = int64_t{device_properties().sm_count} * kBlocks;
+  shape.grid =
+      dim3(static_cast<unsigned>(std::min(items, expand_walks(p.num_tokens, row_steps, resident))));
   shape.threads = kStreamThreads;
   shape.shared_bytes = Traits::kSharedBytes;
   shape.cluster = 1;
   shape.dependent = true;
   return launch_kernel(expand_stream_kernel<T, Y, kSteps, kSpans, kStages, kBlocks>, shape,
-                       p.stream, p, row_steps);
+                       p.stream, ExpandWork{p, row_steps, static_cast<unsigned>(resident)});
 }
 
 // The same on sm_90a for ranks above 32.
@@ -394,8 +395,9 @@ cudaError_t launch_wgmma_stream(const ExpandParams& p) {
   }
   const int64_t items = max_tiles(p.num_tokens, p.plan.num_slots, kWideTileTokens) * row_steps;
   LaunchShape shape{};
-  shape.grid = dim3(static_cast<unsigned>(
-      std::min<int64_t>(items, int64_t{device_properties().sm_count} * Traits::kBlocks)));
+  const int64_t resident = int64_t{device_properties().sm_count} * Traits::kBlocks;
+  shape.grid =
+      dim3(static_cast<unsigned>(std::min(items, expand_walks(p.num_tokens, row_steps, resident))));
   shape.threads = kWgmmaExpandThreads;
   shape.shared_bytes = Traits::kSharedBytes;
   shape.cluster = 1;
@@ -412,7 +414,8 @@ cudaError_t launch_wgmma_stream(const ExpandParams& p) {
       return cudaErrorInvalidValue;
     }
   }
-  return launch_kernel(expand_wgmma_kernel<T, Y, kSteps>, shape, p.stream, p, maps, row_steps);
+  return launch_kernel(expand_wgmma_kernel<T, Y, kSteps>, shape, p.stream,
+                       ExpandWork{p, row_steps, static_cast<unsigned>(resident)}, maps);
 }
 
 // Whether that kernel can serve B where expand_reads_tiles: its copies need a tensor map.
@@ -425,9 +428,9 @@ bool takes_wgmma(const ExpandParams& p) {
   return takes;
 }
 
-template <typename T, typename Y, int kChunk, int kWarps>
+template <typename T, typename Y, int kChunk>
 cudaError_t launch_expand(const ExpandParams& p) {
-  using Shared = ExpandShared<Y, kChunk, kWarps>;
+  using Shared = ExpandShared<Y, kChunk>;
   unsigned blocks_per_tile = 0;
   for (int i = 0; i < p.slices.count; ++i) {
     blocks_per_tile += expand_blocks(p.slices, i, Shared::kColumns);
@@ -443,9 +446,9 @@ cudaError_t launch_expand(const ExpandParams& p) {
   shape.shared_bytes = Shared::bytes(p.max_rank);
   shape.cluster = 1;
   shape.dependent = true;
-  return launch_kernel(all_vector ? expand_kernel<T, Y, kChunk, kWarps, false>
-                                  : expand_kernel<T, Y, kChunk, kWarps, true>,
-                       shape, p.stream, p, blocks_per_tile, vector_y);
+  return launch_kernel(
+      all_vector ? expand_kernel<T, Y, kChunk, false> : expand_kernel<T, Y, kChunk, true>, shape,
+      p.stream, p, blocks_per_tile, vector_y);
 }
 
 }  // namespace
@@ -472,9 +475,6 @@ int expand(const ExpandParams& p) {
     }
     return cudaGetLastError();
   }
-  const bool narrow =
-      expand_is_narrow(p.num_tokens, p.plan.num_slots, p.slices.offset[p.slices.count],
-                       device_properties().sm_count);
   const bool streams = expand_reads_tiles(p), wgmma = streams && takes_wgmma(p);
   return dispatch_half_output(p.dtype, p.y_dtype, [&](auto t, auto y) {
     using T = typename decltype(t)::type;
@@ -488,10 +488,7 @@ int expand(const ExpandParams& p) {
       }
       return p.max_rank <= 64 ? launch_stream<T, Y, 4>(p) : launch_stream<T, Y, 8>(p);
     }
-    if (p.max_rank <= 16) {
-      return narrow ? launch_expand<T, Y, 4, 2>(p) : launch_expand<T, Y, 4, 8>(p);
-    }
-    return narrow ? launch_expand<T, Y, 8, 2>(p) : launch_expand<T, Y, 8, 4>(p);
+    return p.max_rank <= 16 ? launch_expand<T, Y, 4>(p) : launch_expand<T, Y, 8>(p);
   });
 }
 

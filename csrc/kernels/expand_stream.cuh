@@ -66,14 +66,53 @@ struct XaOfTile {
 };
 
 __device__ __forceinline__ XaOfTile xa_of_tile(const XaLayout& layout, int tile, int num_tiles) {
-  if (layout.parts == 0) {
+  if (layout.parts == 0 || layout.summed) {
     return {tile * kWideTileTokens, 1};
   }
   const XaLayout::Cut cut = layout.cut(num_tiles);
   const int first = cut.part_of(tile * layout.steps);
   const int last = cut.part_of((tile + 1) * layout.steps - 1);
-  return {XaLayout::place(first, tile) * kWideTileTokens, last - first + 1};
+  return {layout.place(first, tile) * kWideTileTokens, last - first + 1};
 }
+
+struct ExpandWork {
+  ExpandParams p;
+  int row_steps;        // of a row of y
+  unsigned first_wave;  // CTAs that are resident at once
+};
+
+// A CTA's share of tiles * row_steps items, next to each other. A CTA that goes on to another tile
+// begins anew there and would be the last to end; so where shares are long, and that leaves few
+// CTAs without any, each tile is shared by the same number of them. A first wave of CTAs, as many
+// as are resident, gets equal shares; where there are more, those get smaller ones of the rest, and
+// even out how long the first take.
+struct WalkPart {
+  static constexpr unsigned kLateShare = 8, kLongShare = 4;
+  int begin, end;
+
+  __device__ __forceinline__ WalkPart(unsigned tiles, unsigned row_steps, unsigned parts,
+                                      unsigned first_wave) {
+    unsigned first_item = 0, items = tiles * row_steps, index = blockIdx.x;
+    const unsigned of_tile = parts / tiles;
+    if (parts <= first_wave && items >= kLongShare * parts && 8 * of_tile * tiles >= 7 * parts) {
+      const unsigned tile = index / of_tile, place = index - tile * of_tile;
+      begin = tile * row_steps + place * row_steps / of_tile;
+      end = tile < tiles ? tile * row_steps + (place + 1) * row_steps / of_tile : 0;
+      return;
+    }
+    if (parts > first_wave) {
+      const unsigned early = items - items / kLateShare;
+      if (index < first_wave) {
+        items = early, parts = first_wave;
+      } else {
+        first_item = early, items -= early, parts -= first_wave, index -= first_wave;
+      }
+    }
+    const unsigned each = items / parts, longer = items - each * parts;  // parts with an item more
+    begin = static_cast<int>(first_item + each * index + min(index, longer));
+    end = static_cast<int>(begin + each + (index < longer));
+  }
+};
 
 // Where a walk along the row of y is: columns [column, width) of a slice are yet to come.
 struct StreamPlace {
@@ -207,10 +246,6 @@ __device__ __forceinline__ void expand_group(const ExpandParams& p, const TokenG
                                          : max(token_id(token), 0);
     xa_rows[n] = static_cast<const float*>(p.xa) + row * p.xa_stride;
   }
-  if (p.after_xa) {
-    device::grid_dependency_wait();  // xa is all that the kernel before has written
-  }
-
   uint32_t high[2][kSteps][2], low[2][kSteps][2];
   float scales[4];  // fp16 only: of the tokens 8 n + 2 q + e
   const auto load_xa = [&](int slice) {
@@ -312,10 +347,17 @@ __device__ __forceinline__ void expand_group(const ExpandParams& p, const TokenG
       }
     }
   };
-  load_xa(now.slice);
+  bool needs_xa = true;
 
   int stage = 0;
   for (int step = first; step < last; ++step) {
+    if (needs_xa) {
+      if (p.after_xa) {
+        device::grid_dependency_wait();  // xa is all that the kernel before has written
+      }
+      load_xa(now.slice);
+      needs_xa = false;
+    }
     device::copy_async_wait<kStages - 2>();
     __syncthreads();  // this step's data are there, and every warp is done with the stage that is
                       // filled next
@@ -402,19 +444,22 @@ __device__ __forceinline__ void expand_group(const ExpandParams& p, const TokenG
     }
     stage += Traits::kStageBytes;
     stage = stage < kStages * Traits::kStageBytes ? stage : 0;
-    if (now.advance(p.slices, Traits::kColumns) && step + 1 < last) {
-      load_xa(now.slice);
-    }
+    needs_xa = now.advance(p.slices, Traits::kColumns);
   }
   device::copy_async_wait<0>();
   __syncthreads();  // the next group fills the stages again
 }
 
-// after_xa: see expand.cu. row_steps: steps of a row of y.
+// after_xa: see expand.cu.
 template <typename T, typename Y, int kSteps, int kSpans, int kStages, int kBlocks>
 __global__ void __launch_bounds__(kStreamThreads, kBlocks)
-    expand_stream_kernel(const __grid_constant__ ExpandParams p, int row_steps) {
+    expand_stream_kernel(const __grid_constant__ ExpandWork work) {
+  const ExpandParams& p = work.p;
+  const int row_steps = work.row_steps;
   extern __shared__ __align__(128) unsigned char shared[];
+  if constexpr (kSteps <= 2) {  // with more there are no registers for it
+    device::warm_parameters<kStreamThreads>(work);
+  }
   if (!p.after_xa) {
     device::grid_dependency_wait();
   }
@@ -427,9 +472,9 @@ __global__ void __launch_bounds__(kStreamThreads, kBlocks)
   if (blockIdx.x >= parts) {
     return;
   }
-  const unsigned each = items / parts, longer = items - each * parts;  // parts with an item more
-  int at = static_cast<int>(each * blockIdx.x + min(blockIdx.x, longer));
-  const int end = static_cast<int>(at + each + (blockIdx.x < longer));
+  const WalkPart part(num_tiles, row_steps, parts, work.first_wave);
+  int at = part.begin;
+  const int end = part.end;
   while (at < end) {
     const TokenGroup group = token_group(p.plan, at / row_steps, num_tiles);
     const int group_begin = group.first_tile * row_steps;

@@ -35,7 +35,7 @@ struct WgmmaExpandTraits {
   static constexpr int kAlignment = 1024;  // of a stage, for the swizzle
   static constexpr int kBlocks = sizeof(Y) == 4 ? 2 : 3;
   static constexpr int kBudget = 220 * 1024 / kBlocks - kAlignment - 64;
-  static constexpr int kStages = kBudget / kStageBytes < 4 ? kBudget / kStageBytes : 4;
+  static constexpr int kStages = kBudget / kStageBytes < 3 ? kBudget / kStageBytes : 3;
   static constexpr int kBarriersAt = kStages * kStageBytes;  // of the boxes of each stage
   static constexpr int kSharedBytes = kBarriersAt + kStages * 8 + kAlignment;
   // Copies of 16 bytes: a warp's copy i is of rows kCopyRows * i and following.
@@ -239,10 +239,13 @@ __device__ __forceinline__ void expand_wgmma_tile(const ExpandParams& p, const T
     const float* const from[2] = {xa_rows[0] + column, xa_rows[1] + column};
     tokens.load(p, from, rank, xa.parts, kWideTileTokens * p.xa_stride);
   };
-  load_xa(now.slice);
+  bool needs_xa = true;
 
   int stage = 0;
   for (int step = first; step < last; ++step) {
+    if (needs_xa) {
+      load_xa(now.slice);
+    }
     device::copy_async_wait<kStages - 2>();
     if (boxes) {
       device::barrier_wait(barrier_of(stage), turns >> stage & 1);
@@ -308,9 +311,7 @@ __device__ __forceinline__ void expand_wgmma_tile(const ExpandParams& p, const T
       }
     }
     stage = stage + 1 < kStages ? stage + 1 : 0;
-    if (now.advance(p.slices, Traits::kColumns) && step + 1 < last) {
-      load_xa(now.slice);
-    }
+    needs_xa = now.advance(p.slices, Traits::kColumns);
   }
   device::copy_async_wait<0>();
   device::fence_shared_for_products();
@@ -318,13 +319,16 @@ __device__ __forceinline__ void expand_wgmma_tile(const ExpandParams& p, const T
 }
 #endif
 
-// after_xa: see expand.cu. row_steps: steps of a row of y.
+// after_xa: see expand.cu.
 template <typename T, typename Y, int kSteps>
 __global__ void __launch_bounds__(kWgmmaExpandThreads, WgmmaExpandTraits<Y, kSteps>::kBlocks)
-    expand_wgmma_kernel(const __grid_constant__ ExpandParams p,
-                        const __grid_constant__ ExpandMaps maps, int row_steps) {
+    expand_wgmma_kernel(const __grid_constant__ ExpandWork work,
+                        const __grid_constant__ ExpandMaps maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Traits = WgmmaExpandTraits<Y, kSteps>;
+  device::warm_parameters<kWgmmaExpandThreads>(work);
+  const ExpandParams& p = work.p;
+  const int row_steps = work.row_steps;
   extern __shared__ unsigned char unaligned[];
   unsigned char* shared =
       unaligned + (-device::shared_address(unaligned) & (Traits::kAlignment - 1));
@@ -333,7 +337,9 @@ __global__ void __launch_bounds__(kWgmmaExpandThreads, WgmmaExpandTraits<Y, kSte
       device::barrier_init(reinterpret_cast<uint64_t*>(shared + Traits::kBarriersAt) + i, 1);
     }
     device::barrier_init_fence();
-    device::prefetch_map(maps.b);
+  }
+  if (threadIdx.x < p.slices.count) {
+    device::prefetch_map(maps.b + threadIdx.x);
   }
   __syncthreads();
   uint32_t turns = 0;  // of each stage's barrier, mod 2
@@ -348,9 +354,9 @@ __global__ void __launch_bounds__(kWgmmaExpandThreads, WgmmaExpandTraits<Y, kSte
   if (blockIdx.x >= parts) {
     return;
   }
-  const unsigned each = items / parts, longer = items - each * parts;  // parts with an item more
-  int at = static_cast<int>(each * blockIdx.x + min(blockIdx.x, longer));
-  const int end = static_cast<int>(at + each + (blockIdx.x < longer));
+  const WalkPart part(num_tiles, row_steps, parts, work.first_wave);
+  int at = part.begin;
+  const int end = part.end;
   while (at < end) {
     const int index = at / row_steps, begin = index * row_steps;
     const Tile tile = p.plan.wide_tiles[index];

@@ -286,6 +286,13 @@ struct ShrinkConfig {
   int kilobytes;  // of shared memory for stages, of the kernel with wgmma
 };
 
+// Columns of xa that a CTA of the kernel with wgmma computes: equal shares of at most `most`, as
+// there are kernels for 16, 32, 48, 64, 96, 128 and 192.
+inline int shrink_rows(int rows, int most = 192) {
+  const auto share = static_cast<int>(ceil_div(rows, ceil_div(rows, most)));
+  return share <= 64 ? (share + 15) / 16 * 16 : share <= 96 ? 96 : share <= 128 ? 128 : 192;
+}
+
 // Rows: 32, 64, 128 or 256.
 // All rows in one CTA, as far as registers allow, so that x is read once; then K is split as long
 // as all CTAs of full tiles stay resident at once (two to an SM, one with 256 rows): a second wave
@@ -305,28 +312,25 @@ inline ShrinkConfig shrink_config(const ShrinkShape& s) {
 }
 
 // The same for the kernel with wgmma, whose slices begin at multiples of 16 rows: 16, 32, 48, 64,
-// 128 or 192 rows and any cluster up to 8, or 16.
+// 96, 128 or 192 rows and any cluster up to 8, or 16.
 //
 // Many tiles: one CTA on a multiprocessor, with all of its shared memory, and tiles cut into equal
 // parts. As far as 16 CTAs for each tile have room together: clusters of 16, each with all rows, so
 // that x is read once; the expand's first CTAs find room beside them (70B `down`, 304 tokens of
-// rank 128: 27.4 -> 23.6 us). Few tiles else: up to 64 rows a CTA, because more CTAs have more
-// loads in flight and what they read twice of x comes from the L2 (qkv, T = 512, rank 64: 12.2
-// -> 8.9 us), and 16 of them where each still has 512 values of K (down, T = 512, rank 16, with the
-// expand: 15.2 -> 12.0 us). Else the cluster with the least time: waves over CTAs that share a
-// tile, plus a tenth of a tile's time for each wave. Three quarters of the places, as
-// resident_blocks counts, because clusters find little room beside another kernel's CTAs (2048
-// tokens, clusters of 7: 11.0 us alone, but 5 us more with the expand behind it); pairs always find
-// it. And some tiles more than full ones, because slots leave tiles partly filled (16 segments of
-// 2048 tokens: 37 us with clusters of 6, 30 with 5). Two CTAs of up to 64 rows share a
-// multiprocessor: one would have too few copies on their way (`down`, 2048 tokens, rank 64: 43.7
-// us, 36.9 with two).
+// rank 128: 27.4 -> 23.6 us). Few tiles else: up to 96 rows a CTA, because more CTAs have more
+// loads in flight and what they read twice of x comes from the L2, but not 64, whose clusters would
+// not all have room (qkv, T = 512, rank 64, four segments: 18.1 -> 16.1 us), and 16 of them where
+// each still has 512 values of K (down, T = 512, rank 16, with the expand: 15.2 -> 12.0 us). Else
+// the cluster with the least time: waves over CTAs that share a tile, plus a tenth of a tile's time
+// for each wave. Three quarters of the places, as resident_blocks counts, because clusters find
+// little room beside another kernel's CTAs (2048 tokens, clusters of 7: 11.0 us alone, but 5 us
+// more with the expand behind it); pairs always find it. And some tiles more than full ones,
+// because slots leave tiles partly filled (16 segments of 2048 tokens: 37 us with clusters of 6, 30
+// with 5). Two CTAs of up to 64 rows share a multiprocessor: one would have too few copies on their
+// way (`down`, 2048 tokens, rank 64: 43.7 us, 36.9 with two).
 inline ShrinkConfig shrink_wgmma_config(const ShrinkShape& s) {
-  const auto fitting = [](int64_t rows) {
-    return rows <= 64 ? static_cast<int>(ceil_div(rows, 16)) * 16 : rows <= 128 ? 128 : 192;
-  };
   const int64_t full = ceil_div(s.num_tokens, kWideTileTokens), blocks = ceil_div(s.rows, 192);
-  const int rows = fitting(ceil_div(s.rows, blocks));
+  const int rows = shrink_rows(s.rows);
   if (2 * full * blocks > s.sm_count) {
     return {rows, 1, kShrinkWhole};
   }
@@ -334,10 +338,11 @@ inline ShrinkConfig shrink_wgmma_config(const ShrinkShape& s) {
   if (rows > 64 && most == 16 && full * blocks * 16 <= resident_blocks(s.sm_count, 1, 16)) {
     return {rows, 16, kShrinkPart};
   }
-  const int64_t few = full * ceil_div(s.rows, 64);
+  const int few_rows = shrink_rows(s.rows, 96);
+  const int64_t few = full * ceil_div(s.rows, few_rows);
   if (few * 8 <= resident_blocks(s.sm_count, 2, 8)) {
     const int cluster = most < 8 ? most : most == 16 && few * 16 <= s.sm_count ? 16 : 8;
-    return {fitting(std::min(s.rows, 64)), cluster, kShrinkHalf};
+    return {few_rows, cluster, kShrinkHalf};
   }
   ShrinkConfig config{rows, 1, rows <= 64 ? kShrinkHalf : kShrinkWhole};
   const int64_t items = (full + std::min(full, s.num_slots) / 4) * blocks;
@@ -356,18 +361,25 @@ inline ShrinkConfig shrink_wgmma_config(const ShrinkShape& s) {
 
 // What its apply's expand is left with. Many tiles are cut into parts, as many as there are
 // multiprocessors, for tiles by whole CTAs would end in a wave that is mostly empty (16 segments of
-// 8192 tokens, down, rank 16: 128 -> 110 us). With fewer tiles there would be more parts of a tile
-// than the expand should add up (qkv, 2048 tokens, rank 64: shrink 17.5 -> 9.9 us, expand 21 ->
-// 27).
+// 8192 tokens, down, rank 16: 128 -> 110 us). With fewer tiles there are more parts of a tile than
+// the expand should add up, and another kernel does, where clusters would have most to exchange, or
+// would not all have room: those of 16 with more than 32 rows, and those whose CTAs have a
+// multiprocessor each (qkv, 2048 tokens, rank 64: 34.6 -> 29.9 us; down, 512 tokens in 16 segments:
+// 30.4 -> 25.7; but rank 16 12.0 -> 13.2).
 inline XaLayout xa_layout(const ShrinkShape& s) {
-  const ShrinkConfig config = shrink_wgmma_config(s);
   constexpr int kStep = 64;  // values of K
   XaLayout layout{};
   layout.by_tile = true;
   layout.most_tiles = static_cast<int32_t>(max_tiles(s.num_tokens, s.num_slots, kWideTileTokens));
   layout.steps = static_cast<int32_t>(ceil_div(s.in_features, kStep));
-  const int64_t blocks = ceil_div(s.rows, config.rows);
-  if (2 * ceil_div(s.num_tokens, kWideTileTokens) * blocks > s.sm_count) {
+  const ShrinkConfig config = shrink_wgmma_config(s);
+  const int rows = shrink_rows(s.rows);
+  const int64_t blocks = ceil_div(s.rows, rows);
+  const bool many = 2 * ceil_div(s.num_tokens, kWideTileTokens) * blocks > s.sm_count;
+  layout.summed =
+      !many && (config.cluster == 16 ? config.kilobytes == kShrinkHalf && config.rows > 32
+                                     : config.kilobytes == kShrinkWhole);
+  if (many || layout.summed) {
     layout.parts = static_cast<int32_t>(std::max<int64_t>(s.sm_count / blocks, 1));
   }
   return layout;
@@ -375,7 +387,8 @@ inline XaLayout xa_layout(const ShrinkShape& s) {
 
 // fp32 elements that it takes.
 inline int64_t xa_elements(const ShrinkShape& s, const XaLayout& layout) {
-  return (int64_t{layout.most_tiles} + layout.parts) * kWideTileTokens * s.rows;
+  const int64_t places = int64_t{layout.most_tiles} * (layout.summed ? 2 : 1) + layout.parts;
+  return places * kWideTileTokens * s.rows;
 }
 
 // Clusters of the grid of that kernel: one for each tile of a likely batch, and some for tiles
@@ -383,15 +396,6 @@ inline int64_t xa_elements(const ShrinkShape& s, const XaLayout& layout) {
 inline int64_t shrink_clusters(int64_t num_tokens, int64_t num_slots, int sm_count) {
   return std::min(max_tiles(num_tokens, num_slots, kWideTileTokens),
                   2 * ceil_div(num_tokens, kWideTileTokens) + sm_count);
-}
-
-// The expand's CTAs get two warps instead of four or eight where there would else be fewer of them
-// than SMs: a small batch is all latency, and more CTAs have more loads in flight.
-inline bool expand_is_narrow(int64_t num_tokens, int64_t num_slots, int64_t out_features,
-                             int sm_count) {
-  constexpr int64_t kColumns = 512;
-  return likely_tiles(num_tokens, num_slots, kWideTileTokens) * ceil_div(out_features, kColumns) <
-         sm_count;
 }
 
 // CTAs of a cluster that share one sum of the gradients' kernels, `steps` steps long: as long as
@@ -405,6 +409,15 @@ inline int gradient_cluster(int64_t blocks, int64_t steps, int sm_count, bool cl
     cluster *= 2;
   }
   return cluster;
+}
+
+// CTAs of the expand that walks along rows of y, of which `resident` have room at once: where walks
+// are long, as many again that come when the first ones leave and share the last eighth of the
+// work, for multiprocessors take up to a quarter longer than others (8192 tokens in 16 segments,
+// rank 64: 113 -> 108 us). Where they are short, what a CTA begins with would cost more.
+inline int64_t expand_walks(int64_t num_tokens, int64_t row_steps, int64_t resident) {
+  const int64_t items = ceil_div(num_tokens, kWideTileTokens) * row_steps;
+  return items > 12 * resident ? 2 * resident : resident;
 }
 
 // The expand that walks along rows of y pays from where y is what moves; its registers hold 128

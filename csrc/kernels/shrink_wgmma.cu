@@ -6,6 +6,7 @@
 
 #include "kernels/heuristics.h"
 #include "kernels/launch.cuh"
+#include "kernels/shrink_sum.cuh"
 #include "kernels/shrink_wgmma.cuh"
 #include "kernels/tensor_map.h"
 #include "kernels/wide_apply.h"
@@ -13,13 +14,11 @@
 namespace lora_ext::cuda {
 namespace {
 
-bool shrink_maps(ShrinkMaps& maps, const ShrinkParams& p, int rows) {
+bool shrink_maps(ShrinkMaps& maps, const ShrinkParams& p, int large_rows) {
   if (!encode_map(maps.x, p.dtype, {p.x, p.in_features, p.num_tokens, p.x_stride}, kBoxRowsX)) {
     return false;
   }
   const int64_t slots = p.plan.num_slots;
-  const int slice_rows = XaLayout::padded(p.max_rank);
-  maps.large_rows = p.num_slices * slice_rows <= rows ? slice_rows : std::gcd(slice_rows, rows);
   for (int i = 0; i < p.num_slices; ++i) {
     const int64_t slot_rows =
         p.a.first_row[i] + int64_t{p.max_rank} * (p.a.rows_by_rank ? p.num_slices : 1);
@@ -33,7 +32,7 @@ bool shrink_maps(ShrinkMaps& maps, const ShrinkParams& p, int rows) {
           map, p.dtype,
           {p.a.base[i], p.in_features, slot_rows, p.a.row_stride[i], slots, slot_stride}, box_rows);
     };
-    if (!encode(maps.a[i], kBoxRowsA) || !encode(maps.large_a[i], maps.large_rows)) {
+    if (!encode(maps.a[i], kBoxRowsA) || !encode(maps.large_a[i], large_rows)) {
       return false;
     }
   }
@@ -49,8 +48,12 @@ ShrinkShape shape_of(const ShrinkParams& p) {
 
 template <typename T, int kRows, int kKilobytes>
 cudaError_t launch_wgmma(const ShrinkParams& p, const ShrinkShape& shape, int cluster) {
+  ShrinkWork work{};
+  work.p = p;
+  const int slice_rows = XaLayout::padded(p.max_rank);
+  work.large_rows = p.num_slices * slice_rows <= kRows ? slice_rows : std::gcd(slice_rows, kRows);
   ShrinkMaps maps;
-  if (!shrink_maps(maps, p, kRows)) {
+  if (!shrink_maps(maps, p, work.large_rows)) {
     return cudaErrorInvalidValue;
   }
   const int64_t clusters = p.layout.parts > 0
@@ -63,10 +66,21 @@ cudaError_t launch_wgmma(const ShrinkParams& p, const ShrinkShape& shape, int cl
   launch.shared_bytes = WgmmaTraits<kRows, kKilobytes>::kSharedBytes;
   launch.cluster = cluster;
   launch.dependent = !p.fill;
-  const auto inverse =
-      static_cast<unsigned>((1ull << 32) / cluster + ((1ull << 32) % cluster != 0));
-  return launch_kernel(shrink_wgmma_kernel<T, kRows, kKilobytes>, launch, p.stream, p, maps,
-                       cluster, static_cast<int>(clusters), inverse);
+  work.cluster = cluster;
+  work.num_clusters = static_cast<int>(clusters);
+  work.inverse = static_cast<unsigned>((1ull << 32) / cluster + ((1ull << 32) % cluster != 0));
+  return launch_kernel(shrink_wgmma_kernel<T, kRows, kKilobytes>, launch, p.stream, work, maps);
+}
+
+cudaError_t launch_sum(const ShrinkParams& p, int sm_count) {
+  const int64_t quads = int64_t{p.layout.most_tiles} * kWideTileTokens * p.xa_stride / 4;
+  LaunchShape launch{};
+  launch.grid = dim3(static_cast<unsigned>(
+      std::min<int64_t>(ceil_div(4 * quads, kSumThreads), int64_t{kSumBlocks} * sm_count)));
+  launch.threads = kSumThreads;
+  launch.cluster = 1;
+  launch.dependent = true;
+  return launch_kernel(shrink_sum_kernel, launch, p.stream, p);
 }
 
 }  // namespace
@@ -107,12 +121,14 @@ bool shrink_takes_wgmma(const ShrinkParams& p) {
 
 int shrink_wgmma(const ShrinkParams& p) {
   const ShrinkShape shape = shape_of(p);
-  const ShrinkConfig config = shrink_wgmma_config(shape);
-  return dispatch_half(p.dtype, [&](auto t) {
+  const ShrinkConfig config = p.layout.parts > 0
+                                  ? ShrinkConfig{shrink_rows(shape.rows), 1, kShrinkWhole}
+                                  : shrink_wgmma_config(shape);
+  const cudaError_t error = dispatch_half(p.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     const auto launch = [&](auto rows) {
       constexpr int kRows = decltype(rows)::value;
-      constexpr int kSmaller = kRows <= 64 ? kShrinkHalf : kShrinkPart;
+      constexpr int kSmaller = kRows <= 96 ? kShrinkHalf : kShrinkPart;
       return config.kilobytes == kShrinkWhole
                  ? launch_wgmma<T, kRows, kShrinkWhole>(p, shape, config.cluster)
                  : launch_wgmma<T, kRows, kSmaller>(p, shape, config.cluster);
@@ -126,12 +142,15 @@ int shrink_wgmma(const ShrinkParams& p) {
         return launch(std::integral_constant<int, 48>{});
       case 64:
         return launch(std::integral_constant<int, 64>{});
+      case 96:
+        return launch(std::integral_constant<int, 96>{});
       case 128:
         return launch(std::integral_constant<int, 128>{});
       default:
         return launch(std::integral_constant<int, 192>{});
     }
   });
+  return error == cudaSuccess && p.layout.summed ? launch_sum(p, shape.sm_count) : error;
 }
 
 XaLayout shrink_layout(const ShrinkParams& p) {

@@ -21,10 +21,19 @@ constexpr int kWarpgroup = 128;                 // threads that multiply
 constexpr int kWgmmaThreads = kWarpgroup + 32;  // and a warp that copies
 
 // x as [T, K] and A as [L, rows of a slot, K], for copies of boxes: of kBoxRowsA rows, for slots of
-// any rank, and of large_rows, for those of the highest.
+// any rank, and of more (ShrinkWork), for those of the highest.
 struct ShrinkMaps {
   CUtensorMap x, a[kMaxSlices], large_a[kMaxSlices];
-  int large_rows;
+};
+
+// How the work is cut. Beside the other parameters, before the maps: what a CTA needs first is
+// brought to the constant cache together.
+struct ShrinkWork {
+  ShrinkParams p;
+  int large_rows;    // of the larger boxes of A
+  int cluster;       // CTAs that split a tile's K
+  int num_clusters;  // of the grid
+  unsigned inverse;  // 2^32 / cluster, rounded up, of a cluster of more than one
 };
 constexpr int kBoxK = kBoxColumns;
 constexpr int kBoxRowsX = kWideTileTokens, kBoxRowsA = 16;
@@ -105,19 +114,39 @@ __device__ __forceinline__ void find_tokens(const ShrinkParams& p, ShrinkPiece& 
                                   (lane + 32 >= count || piece.id[1] == first + lane + 32));
 }
 
+// Brings x to L2 before the plan is known, where it is little: by the time that copies ask for it,
+// most is there. Of more than 8 MB they would wait for what comes for others.
+template <typename T>
+__device__ __forceinline__ void prefetch_tokens(const ShrinkParams& p) {
+  constexpr int64_t kMostElements = 4 << 20;
+  constexpr unsigned kLine = 64;  // elements
+  if (p.num_tokens * p.in_features > kMostElements) {
+    return;
+  }
+  const unsigned lines = (static_cast<unsigned>(p.in_features) + kLine - 1) / kLine;
+  const unsigned all = static_cast<unsigned>(p.num_tokens) * lines;
+  const unsigned first = (blockIdx.y * gridDim.x + blockIdx.x) * kWgmmaThreads + threadIdx.x;
+  for (unsigned i = first; i < all; i += gridDim.x * gridDim.y * kWgmmaThreads) {
+    const unsigned row = i / lines;
+    device::prefetch_line(static_cast<const T*>(p.x) + row * p.x_stride +
+                          (i - row * lines) * kLine);
+  }
+}
+
 // By one warp. Slices start at columns that are multiples of 16, so that boxes do not overlap: what
 // boxes have behind a slice's rank reaches only sums that nobody reads. The same holds for rows of
 // x behind the last token.
 template <typename T, typename Traits>
-__device__ __forceinline__ void copy_piece(const ShrinkParams& p, const ShrinkMaps& maps,
+__device__ __forceinline__ void copy_piece(const ShrinkWork& work, const ShrinkMaps& maps,
                                            const ShrinkPiece& piece, int first_column,
                                            StageRing<Traits>& ring) {
+  const ShrinkParams& p = work.p;
   const int lane = threadIdx.x % 32;
   const Tile& tile = piece.tile;
   const int padded = XaLayout::padded(piece.rank);
   // Each box takes the copy engine 30 ns, whatever its size.
   const bool large = padded == XaLayout::padded(p.max_rank);
-  const int box_rows = large ? maps.large_rows : kBoxRowsA;
+  const int box_rows = large ? work.large_rows : kBoxRowsA;
   const int a_boxes = small_quotient(piece.columns, box_rows);
   const int column = first_column + lane * box_rows;
   const int slice = min(small_quotient(column, padded), p.num_slices - 1);
@@ -224,17 +253,18 @@ __device__ __forceinline__ void store_sums(const ShrinkParams& p, const ShrinkPi
 }
 
 template <typename T, typename Traits>
-__device__ __forceinline__ void shrink_wgmma_piece(const ShrinkParams& p, const ShrinkMaps& maps,
+__device__ __forceinline__ void shrink_wgmma_piece(const ShrinkWork& work, const ShrinkMaps& maps,
                                                    const ShrinkPiece& piece, int cluster,
                                                    uint32_t& sums_turn, StageRing<Traits>& ring) {
   constexpr int kRows = Traits::kRows;
+  const ShrinkParams& p = work.p;
   const int first_column = blockIdx.y * kRows, member = cluster > 1 ? device::cluster_rank() : 0;
   const bool multiplies = threadIdx.x < kWarpgroup;
   float sums[kRows / 2];
   if (multiplies) {
     multiply_piece<T, Traits>(piece, sums, ring);
   } else {
-    copy_piece<T, Traits>(p, maps, piece, first_column, ring);
+    copy_piece<T, Traits>(work, maps, piece, first_column, ring);
   }
   const float scaling = p.scalings[piece.tile.slot];
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
@@ -321,15 +351,15 @@ __device__ __forceinline__ void shrink_wgmma_piece(const ShrinkParams& p, const 
 #endif
 
 // A cluster serves every so manyth tile, so that a grid of likely size does for any batch; where
-// tiles are cut into parts, a CTA serves its part. inverse: 2^32 / cluster, rounded up, of a
-// cluster of more than one.
+// tiles are cut into parts, a CTA serves its part.
 template <typename T, int kRows, int kKilobytes>
 __global__ void __launch_bounds__(kWgmmaBound, WgmmaTraits<kRows, kKilobytes>::kBlocks)
-    shrink_wgmma_kernel(const __grid_constant__ ShrinkParams p,
-                        const __grid_constant__ ShrinkMaps maps, int cluster, int num_clusters,
-                        unsigned inverse) {
+    shrink_wgmma_kernel(const __grid_constant__ ShrinkWork work,
+                        const __grid_constant__ ShrinkMaps maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Traits = WgmmaTraits<kRows, kKilobytes>;
+  device::warm_parameters<kWgmmaThreads>(work);
+  const ShrinkParams& p = work.p;
   extern __shared__ unsigned char unaligned[];
   unsigned char* shared =
       unaligned + (-device::shared_address(unaligned) & (Traits::kAlignment - 1));
@@ -342,8 +372,11 @@ __global__ void __launch_bounds__(kWgmmaBound, WgmmaTraits<kRows, kKilobytes>::k
     device::barrier_init(ring.sums(), 1);
     device::barrier_init_fence();
     device::prefetch_map(&maps.x);
-    device::prefetch_map(maps.large_a);
   }
+  if (threadIdx.x < p.num_slices) {
+    device::prefetch_map(maps.large_a + threadIdx.x);
+  }
+  prefetch_tokens<T>(p);
   __syncthreads();
   device::grid_dependency_wait();
   device::grid_dependency_launch();
@@ -354,15 +387,21 @@ __global__ void __launch_bounds__(kWgmmaBound, WgmmaTraits<kRows, kKilobytes>::k
   const int own_tile = device::cluster_id();
   const auto capacity = static_cast<int>(p.plan.max_tokens / kWideTileTokens + p.plan.num_slots);
   ShrinkPiece piece{};
-  piece.tile = p.plan.wide_tiles[min(own_tile, capacity - 1)];  // in the same trip
-  // A cluster takes every so manyth tile; a part, all steps of the tiles in a row.
+  // A cluster's tile in the same trip. With parts, which of them a CTA has follows from their
+  // number: each lane brings another.
   const bool in_parts = p.layout.parts > 0;
-  const int part = blockIdx.x, members = in_parts ? 1 : cluster;
+  const int lane = threadIdx.x % 32;
+  piece.tile = p.plan.wide_tiles[min(in_parts ? lane : own_tile, capacity - 1)];
+  // A cluster takes every so manyth tile; a part, all steps of the tiles in a row.
+  const int part = blockIdx.x, members = in_parts ? 1 : work.cluster;
   int tile = own_tile, begin = 0, left = all_steps;
   if (in_parts) {
     const XaLayout::Cut cut = p.layout.cut(num_tiles);
     const int at = cut.begin(part);
     tile = at / all_steps, begin = at - tile * all_steps, left = cut.begin(part + 1) - at;
+    piece.tile = {__shfl_sync(0xffffffffu, piece.tile.slot, tile % 32),
+                  __shfl_sync(0xffffffffu, piece.tile.start, tile % 32),
+                  __shfl_sync(0xffffffffu, piece.tile.count, tile % 32), 0};
   }
   // One loop for both, whose body is there once: the code, too, comes from memory.
 #pragma unroll 1
@@ -372,10 +411,10 @@ __global__ void __launch_bounds__(kWgmmaBound, WgmmaTraits<kRows, kKilobytes>::k
       device::fence_shared_for_products();
       __syncthreads();  // the sums' room becomes stages again
     }
-    if (!first || in_parts) {
+    if (!first || (in_parts && tile >= 32)) {
       piece.tile = p.plan.wide_tiles[tile];
     }
-    piece.first_row = int64_t{in_parts ? XaLayout::place(part, tile) : tile} * kWideTileTokens;
+    piece.first_row = int64_t{in_parts ? p.layout.place(part, tile) : tile} * kWideTileTokens;
     // The rank and the tokens come in one trip.
     piece.rank = min(p.ranks[piece.tile.slot], p.max_rank);
     find_tokens(p, piece);
@@ -385,17 +424,17 @@ __global__ void __launch_bounds__(kWgmmaBound, WgmmaTraits<kRows, kKilobytes>::k
     piece.first_k = begin * kBoxK;
     if (members > 1) {                     // the CTA's share
       const auto from = [&](int member) {  // steps * member / members
-        return static_cast<int>(__umulhi(steps * member, inverse));
+        return static_cast<int>(__umulhi(steps * member, work.inverse));
       };
       const int member = device::cluster_rank(), share = from(member);
       piece.steps = from(member + 1) - share;
       piece.first_k = share * kBoxK;
     }
     if (piece.rank > 0 && piece.columns > 0) {  // all members alike
-      shrink_wgmma_piece<T, Traits>(p, maps, piece, members, sums_turn, ring);
+      shrink_wgmma_piece<T, Traits>(work, maps, piece, members, sums_turn, ring);
     }
     left -= in_parts ? steps : 0;
-    tile += in_parts ? 1 : num_clusters;
+    tile += in_parts ? 1 : work.num_clusters;
     begin = 0;
   }
 #endif

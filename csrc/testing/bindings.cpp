@@ -142,7 +142,8 @@ void bind_shrink_wgmma(py::module_& m) {
       .def("begin", [](const XaLayout& l, int tiles, int part) { return l.cut(tiles).begin(part); })
       .def("part_of",
            [](const XaLayout& l, int tiles, int step) { return l.cut(tiles).part_of(step); })
-      .def_static("place", &XaLayout::place)
+      .def_readonly("summed", &XaLayout::summed)
+      .def("place", &XaLayout::place)
       .def_static("padded", &XaLayout::padded)
       .def_static("column", &XaLayout::column);
   m.def(
@@ -161,10 +162,9 @@ void bind_shrink_wgmma(py::module_& m) {
 }
 
 void bind_expand(py::module_& m) {
-  m.def("expand_is_narrow", &expand_is_narrow, py::kw_only(), "num_tokens"_a, "num_slots"_a,
-        "out_features"_a, "sm_count"_a);
   m.def("decode_stream_ctas", &decode_stream_ctas, py::kw_only(), "num_tokens"_a, "num_slots"_a,
         "blocks"_a, "max_rank"_a, "resident"_a, "sm_count"_a);
+  m.def("expand_walks", &expand_walks, py::kw_only(), "num_tokens"_a, "row_steps"_a, "resident"_a);
   m.def("expand_streams", &expand_streams, py::kw_only(), "num_tokens"_a, "max_rank"_a);
   m.def("embedding_is_few", &embedding_is_few, py::kw_only(), "num_tokens"_a, "whole_columns"_a);
   m.def("embedding_is_wide", &embedding_is_wide, py::kw_only(), "num_tokens"_a, "num_slots"_a,
