@@ -77,8 +77,9 @@ __device__ __forceinline__ void find_entries(const DecodeBatch& p, typename Trai
 }
 
 // xa of a slice for the CTA's own tokens, from the parts of the shrink, zeros up to whole steps of
-// 16 ranks.
-template <typename Traits>
+// 16 ranks. Of every four ranks of a token bf16 has the upper halves, then what they lack, in 16
+// bytes; fp16, whose range is too small for halves, has the values themselves.
+template <typename T, typename Traits>
 __device__ __forceinline__ void add_up_slice(const DecodeBatch& p, typename Traits::Shared& shared,
                                              int slice, int splits, int thread) {
   constexpr int kParts = 8;
@@ -117,7 +118,15 @@ __device__ __forceinline__ void add_up_slice(const DecodeBatch& p, typename Trai
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       if (token[e] >= 0) {
-        shared.xa[token[e] * xa_stride + j] = values[e];
+        float* to = shared.xa + token[e] * xa_stride + j / 4 * 4;
+        if constexpr (std::is_same_v<T, __half>) {
+          to[j % 4] = values[e];
+        } else {
+          T high, low;
+          device::split(values[e], high, low);
+          reinterpret_cast<T*>(to)[j % 4] = high;
+          reinterpret_cast<T*>(to)[4 + j % 4] = low;
+        }
       }
     }
   }
@@ -142,7 +151,7 @@ __device__ __forceinline__ void help(const LinearWgmmaParams& p, typename Traits
     }
     device::barrier_wait(&shared.xa_empty, turn);
     turn ^= 1;
-    add_up_slice<Traits>(p.batch, shared, slice, splits, thread);
+    add_up_slice<T, Traits>(p.batch, shared, slice, splits, thread);
     __syncwarp();
     if (thread % 32 == 0) {
       device::barrier_arrive(&shared.xa_full);
@@ -159,36 +168,40 @@ __device__ __forceinline__ void add_ranks(const typename Traits::Shared& shared,
                                           const bool (&has_row)[2], int xa_stride,
                                           float (&sums)[Traits::kTokens / 2]) {
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  uint32_t a[2][4];
+  // Rows g and g + 8; of a row ranks 0 and 1, then 2 and 3, of the lane's.
+  uint32_t rows[2][2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const uint2 words = *reinterpret_cast<const uint2*>(b + h * eight_rows);
     // What lies behind the rank must not count, whatever it is.
     const int valid = has_row[h] ? rank - first - 4 * q : 0;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      a[e / 2][h + e % 2 * 2] =
-          e < valid ? __float_as_uint(device::unpack<T>(e < 2 ? words.x : words.y, e % 2)) : 0u;
-    }
+    rows[h][0] = valid >= 2 ? words.x : valid == 1 ? words.x & 0xffff : 0;
+    rows[h][1] = valid >= 4 ? words.y : valid == 3 ? words.y & 0xffff : 0;
   }
   const float* const xa = shared.xa + g * xa_stride + first + 4 * q;
 #pragma unroll
   for (int j = 0; j < Traits::kGroups; ++j) {
     if (groups >> j & 1) {
-      const float4 values = *reinterpret_cast<const float4*>(xa + 8 * j * xa_stride);
-      const float ranks[4] = {values.x, values.y, values.z, values.w};
-      float d[4] = {}, e[4] = {};
+      const uint4 values = *reinterpret_cast<const uint4*>(xa + 8 * j * xa_stride);
+      float d[4] = {};
+      if constexpr (std::is_same_v<T, __half>) {
+        const uint32_t ranks[4] = {values.x, values.y, values.z, values.w};
 #pragma unroll
-      for (int s = 0; s < 2; ++s) {
-        uint32_t high[2], low[2];
+        for (int s = 0; s < 2; ++s) {
+          uint32_t a[4], high[2], low[2];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float value = ranks[2 * s + i];
-          high[i] = __float_as_uint(value) & 0xffffe000u;
-          low[i] = __float_as_uint(value - __uint_as_float(high[i]));
+          for (int i = 0; i < 2; ++i) {
+            a[2 * i] = __float_as_uint(device::unpack<T>(rows[0][s], i));
+            a[2 * i + 1] = __float_as_uint(device::unpack<T>(rows[1][s], i));
+            high[i] = ranks[2 * s + i] & 0xffffe000u;
+            low[i] = __float_as_uint(__uint_as_float(ranks[2 * s + i]) - __uint_as_float(high[i]));
+          }
+          device::mma_tf32(d, a, high);
+          device::mma_tf32(d, a, low);
         }
-        device::mma_tf32(d, a[s], high);
-        device::mma_tf32(e, a[s], low);
+      } else {
+        device::mma<T>(d, rows[0][0], rows[1][0], rows[0][1], rows[1][1], values.x, values.y);
+        device::mma<T>(d, rows[0][0], rows[1][0], rows[0][1], rows[1][1], values.z, values.w);
       }
       // The group's other tokens must not have it, not even as a product with 0: what an adapter
       // has that is not finite stays with its own tokens.
@@ -196,7 +209,7 @@ __device__ __forceinline__ void add_ranks(const typename Traits::Shared& shared,
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if ((i % 2 == 0 ? of.x : of.y) == entry) {
-          sums[4 * j + i] += d[i] + e[i];
+          sums[4 * j + i] += d[i];
         }
       }
     }
