@@ -12,6 +12,7 @@
 #include "common/ptx.cuh"
 #include "common/vec.cuh"
 #include "kernels/heuristics.h"
+#include "kernels/output_span.cuh"
 
 namespace lora_ext::cuda {
 
@@ -21,25 +22,14 @@ constexpr int kSpanColumns = 64;  // that a warp holds sums of at a time
 
 // kSteps: steps of 16 ranks that the registers hold. kSpans: spans of 64 columns in a step.
 template <typename Y, int kSteps, int kSpans, int kStages>
-struct StreamTraits {
+struct StreamTraits : OutputSpan<Y> {
   static constexpr int kColumns = kSpans * kSpanColumns;
   static constexpr int kChunks = 2 * kSteps;       // of eight ranks, a row of weights
   static constexpr int kStride = kSteps * 16 + 8;  // elements; odd in chunks: no bank conflicts
   static constexpr int kWeightBytes = kColumns * kStride * 2;
-  static constexpr int kRowBytes = kSpanColumns * sizeof(Y);
-  static constexpr int kSpanBytes = kTileTokens * kRowBytes;  // of a warp
-  static constexpr int kStageBytes = kWeightBytes + kStreamWarps * kSpans * kSpanBytes;
+  static constexpr int kStageBytes =
+      kWeightBytes + kStreamWarps * kSpans * OutputSpan<Y>::kSpanBytes;
   static constexpr int kSharedBytes = kStages * kStageBytes;
-  // Copies of 16 bytes: a warp's copy i is of rows kCopyRows * i and following.
-  static constexpr int kRowChunks = kRowBytes / 16;
-  static constexpr int kCopyRows = 32 / kRowChunks;
-  static constexpr int kCopies = kTileTokens / kCopyRows;
-
-  // Where a chunk lies in a warp's span: rotated so that neither whole rows nor fragments meet in
-  // a bank.
-  __device__ static int at(int row, int chunk) {
-    return row * kRowBytes + (chunk ^ (row & 6)) * 16;
-  }
 };
 
 // Up to two wide tiles of one slot that lie side by side in the plan.
@@ -154,7 +144,7 @@ __device__ __forceinline__ void expand_group(const ExpandParams& p, const TokenG
   constexpr int kChunks = Traits::kChunks, kStride = Traits::kStride;
   constexpr int kWeightRows = kStreamThreads / kChunks;  // that the block copies at once
   constexpr int kWeightCopies = (Traits::kColumns + kWeightRows - 1) / kWeightRows;
-  constexpr int kPerChunk = 16 / sizeof(Y);
+  constexpr int kPerChunk = Traits::kPerChunk;
   constexpr int kPartsAtOnce = kSteps == 1 ? 4 : kSteps == 2 ? 2 : 1;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4,
             q = lane % 4;
@@ -399,36 +389,8 @@ __device__ __forceinline__ void expand_group(const ExpandParams& p, const TokenG
             }
           }
         }
-        // Output o of a lane: token 8 * (o / 2) + 2 q + o % 2, columns 8 g and following.
         unsigned char* span = spans + stage + s * Traits::kSpanBytes;
-#pragma unroll
-        for (int o = 0; o < 4; ++o) {
-          float delta[8];
-#pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            delta[i] = acc[i / 2][o / 2][i % 2 * 2 + o % 2];
-            if constexpr (device::kNeedsScale<T>) {
-              delta[i] *= scales[o];
-            }
-          }
-          constexpr int kParts = 8 / kPerChunk;  // chunks of eight outputs
-          const int row = 8 * (o / 2) + 2 * q + o % 2;
-          device::Outputs<Y> outputs;
-#pragma unroll
-          for (int i = 0; i < kParts; ++i) {
-            const uint4 raw =
-                *reinterpret_cast<const uint4*>(span + Traits::at(row, g * kParts + i));
-            outputs.words[4 * i] = raw.x, outputs.words[4 * i + 1] = raw.y;
-            outputs.words[4 * i + 2] = raw.z, outputs.words[4 * i + 3] = raw.w;
-          }
-          outputs.add(delta);
-#pragma unroll
-          for (int i = 0; i < kParts; ++i) {
-            *reinterpret_cast<uint4*>(span + Traits::at(row, g * kParts + i)) =
-                make_uint4(outputs.words[4 * i], outputs.words[4 * i + 1], outputs.words[4 * i + 2],
-                           outputs.words[4 * i + 3]);
-          }
-        }
+        Traits::template add<T>(span, acc, scales);
         __syncwarp();
         if (row_chunk * kPerChunk < columns) {
 #pragma unroll
