@@ -67,8 +67,9 @@ struct DecodeExpandTraits {
 
 // Where the expand has xa from: the partial products of a shrink, all that was yet to come when the
 // kernel began.
-template <int kBatch>  // loads that registers have room for
 struct PartialProducts {
+  static constexpr int kBatch = 16;  // loads that registers have room for
+
   const float* first;  // [splits][...][rank][16 tokens]
   int stride;          // between splits
   int splits;
@@ -83,8 +84,7 @@ struct PartialProducts {
     first = p.partial + int64_t{tile} * splits * stride + slice * t.rank * kTileTokens;
   }
 
-  template <typename T>
-  __device__ __forceinline__ void wait(T*, int) {
+  __device__ __forceinline__ void wait() {
     device::grid_dependency_launch();
     device::grid_dependency_wait();
     scaling = read_plan<true>(scaling_at);
@@ -140,9 +140,9 @@ struct PartialProducts {
 
 // Leaves xa in shared memory, [16 tokens][stride] twice: as the sum of two 16-bit halves, ranks
 // padded with 0 to whole steps of kSpan. fp16: scaled by what token_max, [16], says.
-template <typename T, int kSpan, typename Source>
-__device__ __forceinline__ void split_xa(const Source& xa, const DecodeTile& t, int* token_max,
-                                         T* high, T* low, int stride) {
+template <typename T, int kSpan>
+__device__ __forceinline__ void split_xa(const PartialProducts& xa, const DecodeTile& t,
+                                         int* token_max, T* high, T* low, int stride) {
   const int thread = threadIdx.x;
   // The first one, two or four of a tile's quads of tokens: what is left out ends in columns of the
   // product that nobody reads.
@@ -241,10 +241,11 @@ __device__ __forceinline__ void multiply_step(float (&acc)[4][2][4], const T* st
   }
 }
 
-template <typename T, typename Y, int kChunk, bool kVector, typename Source>
+template <typename T, typename Y, int kChunk, bool kVector>
 __device__ __forceinline__ void decode_expand_body(const DecodeExpandParams& p, const DecodeTile& t,
-                                                   Source& xa, int slice, int block, const T* b,
-                                                   int64_t b_stride, unsigned char* shared) {
+                                                   PartialProducts& xa, int slice, int block,
+                                                   const T* b, int64_t b_stride,
+                                                   unsigned char* shared) {
   using Traits = DecodeExpandTraits<Y, kChunk>;
   constexpr int kSpan = Traits::kSpan, kStages = Traits::kStages;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4,
@@ -308,7 +309,7 @@ __device__ __forceinline__ void decode_expand_body(const DecodeExpandParams& p, 
     stage_b(kSpan);
   }
   device::copy_async_commit();
-  xa.wait(xa_low, xa_stride);
+  xa.wait();
   split_xa<T, kSpan>(xa, t, token_max, xa_high, xa_low, xa_stride);
 
   float acc[4][2][4] = {};
@@ -360,9 +361,9 @@ __device__ __forceinline__ void prefetch_b(const DecodeExpandParams& p, const De
   }
 }
 
-template <typename T, typename Y, int kChunk, bool kGeneral, typename Source>
+template <typename T, typename Y, int kChunk, bool kGeneral>
 __device__ __forceinline__ void decode_expand(const DecodeExpandParams& p, const DecodeTile& t,
-                                              Source& xa, int slice, int block,
+                                              PartialProducts& xa, int slice, int block,
                                               unsigned char* shared) {
   const auto& from = p.slices[slice];
   const bool flat = kGeneral && p.b_offsets != nullptr;
@@ -398,7 +399,7 @@ __global__ void __launch_bounds__(kExpandThreads, kChunk == 4 ? 5 : 4)
   if (t.slot < 0 || t.rank <= 0) {
     return;
   }
-  PartialProducts<16> xa(p.batch, t, tile, slice);
+  PartialProducts xa(p.batch, t, tile, slice);
   decode_expand<T, Y, kChunk, kGeneral>(p, t, xa, slice, block, shared);
 }
 

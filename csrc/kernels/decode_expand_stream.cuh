@@ -101,7 +101,7 @@ __device__ __forceinline__ void decode_expand_blocks(const DecodeExpandParams& p
     fetch();
   }
 
-  PartialProducts<16> xa(p.batch, t, tile, slice);
+  PartialProducts xa(p.batch, t, tile, slice);
   if (!waited) {
     device::grid_dependency_launch();
     device::grid_dependency_wait();
