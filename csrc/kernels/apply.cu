@@ -117,7 +117,7 @@ int apply_shrink(const ApplyParams& p) {
   if (!config.decode) {
     return shrink(shrink_of(p));
   }
-  config.shared_percent = shrink_beside_product_percent(shape);
+  config.shared_percent = shrink_beside_product_percent(shape, config.shared_percent);
   return decode_shrink(p, config);
 }
 

@@ -50,16 +50,16 @@ inline LinearConfig linear_config(const LinearShape& s) {
 }
 
 // Of an SM's L1 cache, what a shrink wants as shared memory that runs beside a base layer's product
-// or just before one: all of it, as the product does, so that an SM need not be divided anew (what
-// one adapter of rank 16 adds to a layer: 1.7 -> 0.8 % with one token, 7.8 -> 6.3 % with 32). But
-// loads on their way live in what is left of the cache: with many of them, any. Many are fewer for
-// linear_decode, beside whose CTAs there is more room (8 tokens of 8 adapters: 7.3 % with any, 8.3
-// with all; for linear_wgmma 32 tokens of 8 adapters 142 us with both, of 32 adapters 162 and 164).
-inline int shrink_beside_product_percent(const ApplyShape& s) {
-  const int64_t few_bytes = s.num_tokens <= kLinearMaxTokens ? 1 << 20 : 4 << 20;
+// or just before one; `alone`: what it wants else. Beside linear_wgmma all of it, as that kernel
+// does, so that an SM need not be divided anew (what one adapter of rank 16 adds to a layer of 32
+// tokens: 7.8 -> 6.3 %). But loads on their way live in what is left of the cache, so not where
+// they are many (32 adapters of rank 16: 162 -> 164 us), nor beside linear_decode, which leaves
+// more of an SM (8 tokens of 8 adapters: 7.3 -> 8.3 %).
+inline int shrink_beside_product_percent(const ApplyShape& s, int alone) {
+  constexpr int64_t kFewBytes = 4 << 20;
   const int64_t bytes = likely_tiles(s.num_tokens, s.num_slots, kTileTokens) * s.num_slices *
                         s.max_rank * s.in_features * 2;
-  return bytes <= few_bytes ? 100 : -1;
+  return s.num_tokens > kLinearMaxTokens && bytes <= kFewBytes ? 100 : alone;
 }
 
 // The same for a few dozen tokens on sm_90a (linear_wgmma.cu). More tokens, or ranks, are faster as

@@ -107,7 +107,7 @@ void bind_linear(py::module_& m) {
       "shrink_beside_product_percent",
       [](int64_t num_tokens, int64_t num_slots, int64_t in_features, int num_slices, int max_rank) {
         return shrink_beside_product_percent(
-            {num_tokens, num_slots, in_features, 0, num_slices, max_rank, 132, true, false});
+            {num_tokens, num_slots, in_features, 0, num_slices, max_rank, 132, true, false}, -1);
       },
       py::kw_only(), "num_tokens"_a, "num_slots"_a, "in_features"_a, "num_slices"_a, "max_rank"_a);
 }
