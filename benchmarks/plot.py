@@ -3,7 +3,7 @@
 Reads the JSON of the benchmarks and `lora-ext bench --json`, or the CSV files in results/; a dot is
 a problem, a bar the geometric mean.
 
-    python benchmarks/plot.py benchmarks/results/h200_2026-11-21.csv --output docs/speed.svg
+    python benchmarks/plot.py benchmarks/results/h200_2026-11-22.csv --output docs/speed.svg
 """
 
 from __future__ import annotations

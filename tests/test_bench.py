@@ -420,7 +420,7 @@ def test_plot_draws_every_problem_where_it_belongs(tmp_path: Path) -> None:
 
 def test_plot_reads_the_committed_results() -> None:
     plot = script("plot")
-    (path,) = (Path(plot.__file__).parent / "results").glob("h200_2026-11-21.csv")
+    (path,) = (Path(plot.__file__).parent / "results").glob("h200_2026-11-22.csv")
     points = plot.read(path)
     assert {point.grid for point in points} == {"decode", "prefill", "moe", "embed"}
     ElementTree.fromstring(plot.draw(points, ""))
