@@ -108,6 +108,14 @@ __device__ __forceinline__ uint2 pack_four(const T (&values)[4]) {
   return make_uint2(pack_two(values[0], values[1]), pack_two(values[2], values[3]));
 }
 
+// Adds what `mask`, all bits or none, leaves of a value. A condition would make the compiler load
+// the value only then, behind all that comes before.
+__device__ __forceinline__ void add_masked(float4& sum, const float4& value, int mask) {
+  const auto kept = [mask](float part) { return __int_as_float(__float_as_int(part) & mask); };
+  sum.x += kept(value.x), sum.y += kept(value.y);
+  sum.z += kept(value.z), sum.w += kept(value.w);
+}
+
 // fp16 overflows at 65504, which a product with A may well pass: before the split each token's
 // values are scaled by a power of two that brings the largest (given as its bits) to [2^13, 2^14),
 // and the result is scaled back, both exactly.

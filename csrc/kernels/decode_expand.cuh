@@ -111,8 +111,7 @@ struct PartialProducts {
       sum = make_float4(sum.x * scaling, sum.y * scaling, sum.z * scaling, sum.w * scaling);
     }
   }
-  // Up to kParts parts, all on their way at once. What is past the last one becomes 0 by a mask: a
-  // condition would make the compiler load it only then, behind all the others.
+  // Up to kParts parts, all on their way at once; what is past the last one counts as 0.
   template <int kParts, int kCount>
   __device__ __forceinline__ void add(const int (&rows)[kCount], const float* from, int left,
                                       float4 (&sums)[kCount]) const {
@@ -127,12 +126,9 @@ struct PartialProducts {
     }
 #pragma unroll
     for (int c = 0; c < kParts; ++c) {
-      const int mask = (c - left) >> 31;
-      const auto kept = [&](float value) { return __int_as_float(__float_as_int(value) & mask); };
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        sums[i].x += kept(parts[c][i].x), sums[i].y += kept(parts[c][i].y);
-        sums[i].z += kept(parts[c][i].z), sums[i].w += kept(parts[c][i].w);
+        device::add_masked(sums[i], parts[c][i], (c - left) >> 31);
       }
     }
   }

@@ -59,13 +59,8 @@ __global__ void __launch_bounds__(kSumThreads)
               reinterpret_cast<const float4*>(from + min(part + i * sharers, parts - 1) * stride));
         }
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {  // those past the last part are masked
-          const int mask = (part + i * sharers - parts) >> 31;
-          const auto kept = [&](float value) {
-            return __int_as_float(__float_as_int(value) & mask);
-          };
-          sum.x += kept(next[i].x), sum.y += kept(next[i].y);
-          sum.z += kept(next[i].z), sum.w += kept(next[i].w);
+        for (int i = 0; i < kAtOnce; ++i) {  // those past the last part count as 0
+          device::add_masked(sum, next[i], (part + i * sharers - parts) >> 31);
         }
       }
     }
