@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "common/host_device.h"
+
 namespace lora_ext {
 
 // Heights of the two tile lists. 16 tokens fill the token side of one mma; 64 is a wide tile for
@@ -41,7 +43,7 @@ struct PlanLayout {
   int64_t tiles, wide_tiles, token_slots, permutation, seg_indptr, seg_slots, slot_indptr, enabled,
       size;
 
-  constexpr PlanLayout(int64_t max_tokens_, int64_t num_slots_)
+  LORA_EXT_HOST_DEVICE constexpr PlanLayout(int64_t max_tokens_, int64_t num_slots_)
       : max_tokens(max_tokens_),
         num_slots(num_slots_),
         tiles(kPlanHeaderSize),
@@ -55,7 +57,7 @@ struct PlanLayout {
         size(enabled + num_slots_ + 3) {}
 
   // Every slot in the batch can leave one tile partly filled.
-  constexpr int64_t tile_capacity(int64_t tokens, int tile_tokens) const {
+  LORA_EXT_HOST_DEVICE constexpr int64_t tile_capacity(int64_t tokens, int tile_tokens) const {
     return tokens / tile_tokens + num_slots;
   }
 };
@@ -89,7 +91,8 @@ struct PlanView {
   int64_t num_slots;     // L
 };
 
-inline PlanView plan_view(int32_t* plan, int64_t max_tokens, int64_t num_slots) {
+LORA_EXT_HOST_DEVICE inline PlanView plan_view(int32_t* plan, int64_t max_tokens,
+                                               int64_t num_slots) {
   const PlanLayout at(max_tokens, num_slots);
   return PlanView{plan,
                   reinterpret_cast<Tile*>(plan + at.tiles),

@@ -5,7 +5,9 @@
 // the thread of its slot.
 #include <cuda_runtime.h>
 
+#include "common/ptx.cuh"
 #include "kernels/kernels.h"
+#include "kernels/launch.cuh"
 
 namespace lora_ext::cuda {
 namespace {
@@ -19,6 +21,8 @@ __device__ int effective_slot(const MoeInfoParams& p, int slot) {
 __global__ void __launch_bounds__(kThreads) moe_info_kernel(MoeInfoParams p) {
   const int64_t first = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   const int64_t step = int64_t{gridDim.x} * kThreads;
+  device::grid_dependency_launch();
+  device::grid_dependency_wait();
   for (int64_t t = first; t < p.num_tokens; t += step) {
     int64_t low = 0, high = p.num_segments;  // the first segment that ends behind t
     while (low < high) {
@@ -51,9 +55,12 @@ __global__ void __launch_bounds__(kThreads) moe_info_kernel(MoeInfoParams p) {
 int moe_info(const MoeInfoParams& params) {
   const int64_t threads = max(params.num_tokens, 32 * params.num_slots);
   const int64_t blocks = min(max((threads + kThreads - 1) / kThreads, int64_t{1}), int64_t{1024});
-  moe_info_kernel<<<static_cast<unsigned>(blocks), kThreads, 0,
-                    static_cast<cudaStream_t>(params.stream)>>>(params);
-  return cudaGetLastError();
+  LaunchShape shape{};
+  shape.grid = dim3(static_cast<unsigned>(blocks));
+  shape.threads = kThreads;
+  shape.cluster = 1;
+  shape.dependent = true;
+  return launch_kernel(moe_info_kernel, shape, params.stream, params);
 }
 
 }  // namespace lora_ext::cuda

@@ -148,6 +148,8 @@ __global__ void __launch_bounds__(kMostThreads)
             capacity = static_cast<int>(plan.max_tokens), num_buckets = config.num_buckets;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const unsigned lanes_before = (1u << lane) - 1;
+  device::grid_dependency_launch();
+  device::grid_dependency_wait();
 
   int* histogram = shared;  // [num_buckets][L]
   int* first_tile = histogram + num_buckets * num_slots;
@@ -315,11 +317,17 @@ __global__ void __launch_bounds__(kMostThreads)
 int plan_batch(const PlanParams& params) {
   LaunchShape shape{};
   shape.grid = dim3(1);
+  shape.dependent = true;
   if (plan_is_small(params.plan.max_tokens, params.plan.num_slots, params.n)) {
     shape.threads = static_cast<int>(
         32 * ceil_div(std::max({params.plan.max_tokens, params.plan.num_slots, int64_t{1}}), 32));
     shape.cluster = 1;
-    return launch_kernel(plan_small_kernel, shape, params.stream, params);
+    const PlanView& plan = params.plan;
+    return launch_kernel(
+        plan_small_kernel, shape, params.stream,
+        PlanSmallParams{params.slots, params.seg_lens, params.seg_indptr, plan.header,
+                        static_cast<int32_t>(params.n), static_cast<int32_t>(plan.max_tokens),
+                        static_cast<int32_t>(plan.num_slots)});
   }
   const PlanConfig config = plan_config(params.plan.max_tokens, params.plan.num_slots);
   shape.threads = config.threads;

@@ -6,10 +6,19 @@
 // of segments take two more, for their lengths' sums.
 #pragma once
 
+#include "common/ptx.cuh"
 #include "kernels/heuristics.h"
 #include "kernels/launch.cuh"
 
 namespace lora_ext::cuda {
+
+// What the kernel is told: one line of the constant bank, which each launch finds cold; all
+// pointers of a PlanView would be two lines more, 0.4 us each.
+struct PlanSmallParams {
+  const int32_t *slots, *seg_lens, *seg_indptr;  // as in PlanParams
+  int32_t* plan;
+  int32_t n, max_tokens, num_slots;
+};
 
 // Tokens, tiles and wide tiles of some slots: up to kSmallPlan each, so that one addition adds all.
 struct PackedCounts {
@@ -36,11 +45,11 @@ __device__ __forceinline__ int inclusive_scan_of_warp(int value) {
 }
 
 // The slot of the thread's token, of a batch of segments no more than there are threads.
-__device__ __forceinline__ int slot_in_segments(const PlanParams& p, int& num_tokens) {
+__device__ __forceinline__ int slot_in_segments(const PlanSmallParams& p, int& num_tokens) {
   constexpr int kWarps = kSmallPlan / 32;
   __shared__ int ends[kSmallPlan], slots[kSmallPlan], sums[kWarps];
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int n = static_cast<int>(p.n), capacity = static_cast<int>(p.plan.max_tokens);
+  const int n = p.n, capacity = p.max_tokens;
   int slot = -1, length = 0;
   if (thread < n) {
     slot = p.slots[thread];
@@ -69,31 +78,33 @@ __device__ __forceinline__ int slot_in_segments(const PlanParams& p, int& num_to
 
 // As many threads as the plan has room for tokens, and as slots, and a multiple of 32.
 __global__ void __launch_bounds__(kSmallPlan)
-    plan_small_kernel(const __grid_constant__ PlanParams p) {
+    plan_small_kernel(const __grid_constant__ PlanSmallParams p) {
   constexpr int kWarps = kSmallPlan / 32;
   constexpr unsigned kAllLanes = 0xffffffffu;
   __shared__ int histogram[kWarps][kSmallPlan];
   __shared__ int before[kSmallPlan], counts[kSmallPlan];  // of slots
   __shared__ int last_slot[kWarps], heads[kWarps], active[kWarps], sums[kWarps];
-  const PlanView& plan = p.plan;
-  const int num_slots = static_cast<int>(plan.num_slots),
-            capacity = static_cast<int>(plan.max_tokens);
+  const PlanView plan = plan_view(p.plan, p.max_tokens, p.num_slots);
+  const int num_slots = p.num_slots, capacity = p.max_tokens;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int num_warps = blockDim.x / 32;
   const unsigned lanes_before = (1u << lane) - 1;
 
+#pragma unroll 1
+  for (int i = lane; i < num_slots; i += 32) {
+    histogram[warp][i] = 0;
+  }
+  // The slots may be the work of the kernel before, and the plan is what kernels before may read.
+  device::grid_dependency_launch();
+  device::grid_dependency_wait();
   int num_tokens, slot = -1;
   if (p.seg_lens == nullptr && p.seg_indptr == nullptr) {
-    num_tokens = static_cast<int>(min(p.n, plan.max_tokens));
+    num_tokens = min(p.n, capacity);
     slot = thread < num_tokens ? p.slots[thread] : -1;
   } else {
     slot = slot_in_segments(p, num_tokens);
   }
   slot = slot >= 0 && slot < num_slots ? slot : -1;
-#pragma unroll 1
-  for (int i = lane; i < num_slots; i += 32) {
-    histogram[warp][i] = 0;
-  }
   __syncwarp();
   const unsigned same = __match_any_sync(kAllLanes, slot);
   const int rank_in_warp = __popc(same & lanes_before);
