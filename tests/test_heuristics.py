@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -117,6 +118,35 @@ def test_the_grid_has_room_for_every_part_of_every_number_of_tiles(
     rules = testing.apply_config(batch_invariant=False, **shape).split_rules
     parts = [tiles * rules.parts(tiles) for tiles in range(1, capacity + 1)]
     assert rules.all_parts(capacity) >= max(parts)
+
+
+@given(
+    row_groups=st.integers(1, 96),
+    group_rows_log=st.integers(4, 5),
+    parts=st.integers(1, 16),
+    data=st.data(),
+)
+def test_a_low_rank_puts_the_ctas_of_a_high_one_to_work_on_pieces_of_k(
+    row_groups: int, group_rows_log: int, parts: int, data: st.DataObject
+) -> None:
+    most_rows = row_groups << group_rows_log
+    rows = data.draw(st.integers(1, most_rows))
+
+    def shares(rows: int) -> Any:
+        return testing.TileShares(
+            row_groups=row_groups, group_rows_log=group_rows_log, rows=rows, parts=parts
+        )
+
+    low, high = shares(rows), shares(most_rows)
+    assert (high.groups, high.pieces) == (row_groups, parts)
+    assert 0 <= (low.groups << group_rows_log) - rows < 1 << group_rows_log
+    # No more CTAs, and no more room for sums, than there are.
+    assert low.groups * low.pieces <= row_groups * parts
+    assert low.pieces * low.stride <= parts * most_rows * 16
+    # As many as fit, but no more than twelve to add up.
+    each = low.pieces // parts
+    assert each * parts == low.pieces <= max(parts, 12)
+    assert (each + 1) * low.groups > row_groups or (each + 1) * parts > 12
 
 
 @given(tokens=st.lists(TOKENS, min_size=2, max_size=4), **APPLY)

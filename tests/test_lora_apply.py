@@ -91,6 +91,24 @@ def test_pool_wider_than_any_rank(device, max_rank):
     check_apply(y, x, module, batch, "packed")
 
 
+@pytest.mark.parametrize("tokens", [2, 9, 40, 200])
+@pytest.mark.parametrize("output_slices", [[72], [72, 24, 64]])
+def test_low_ranks_in_a_pool_of_high_ones(device, tokens, output_slices):
+    # What the highest rank would need of the chip is at work for the others, too: on pieces of K,
+    # of which some are empty where K is short.
+    ranks = [16, 8, 64, 3, 0, *[16] * 11]
+    for dtype in (torch.bfloat16, torch.float16):
+        for in_features in (72, 3000):
+            gen = generator("low ranks", tokens, output_slices, dtype)
+            module = make_module(ranks, in_features, output_slices, dtype, device, max_rank=128)
+            for slots in (random_slots(tokens, len(ranks), gen), [5] * tokens):
+                y, x, batch = random_problem(module, slots, gen)
+                again = y.clone()
+                check_apply(y, x, module, batch, "packed")
+                apply_(again, x, module, module.weights("packed"), batch.plan)
+                assert_same_bits(again, y)
+
+
 @pytest.mark.parametrize("in_features", [1, 2, 7, 16, 31, 64, 100, 129, 1000, 4096, 14336])
 def test_any_in_features(device, in_features):
     for dtype in dtypes_on(device):

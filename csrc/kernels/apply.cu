@@ -22,8 +22,6 @@ cudaError_t launch_shrink(const ApplyParams& p, const ApplyConfig& config) {
   d.x_stride = p.x_stride;
   d.a_offsets = p.a.slot_offsets;
   d.prefetch_features = config.prefetch_features;
-  d.row_groups =
-      static_cast<int32_t>(ceil_div(int64_t{p.slices.count} * p.max_rank, Traits::kRows));
   d.one_range = p.a.rows_by_rank || p.slices.count == 1;
   d.vector_x = is_multiple(p.x, p.x_stride, 8, 16) && p.in_features % 8 == 0;
   for (int i = 0; i < p.slices.count; ++i) {
@@ -33,7 +31,7 @@ cudaError_t launch_shrink(const ApplyParams& p, const ApplyConfig& config) {
       d.vector_x && p.a.slot_offsets == nullptr && is_multiple(p.a, p.slices.count, 8, 16);
   LaunchShape shape{};
   shape.grid =
-      dim3(static_cast<unsigned>(d.row_groups * config.split_rules.all_parts(num_tiles(p))));
+      dim3(static_cast<unsigned>(config.row_groups * config.split_rules.all_parts(num_tiles(p))));
   shape.threads = kShrinkThreads;
   shape.shared_bytes = Traits::kSharedBytes;
   shape.cluster = 1;
@@ -105,7 +103,8 @@ int64_t apply_workspace(const ApplyParams& p) {
     // Without regard to how the tensors lie: the halves of an apply know different ones of them.
     const ApplyShape shape = apply_shape_of(p);
     const int64_t wide = decode_is_wide(shape) ? decode_wide_workspace(p, wide_split(shape)) : 0;
-    return std::max(config.split_rules.all_parts(num_tiles(p)) * columns * kTileTokens, wide);
+    const int64_t rows = int64_t{16} * config.blocks * config.row_groups;
+    return std::max(config.split_rules.all_parts(num_tiles(p)) * rows * kTileTokens, wide);
   }
   return std::max(p.num_tokens * columns, shrink_layout_elements(shrink_of(p)));
 }

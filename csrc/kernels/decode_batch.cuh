@@ -42,6 +42,8 @@ inline DecodeBatch decode_batch(const ApplyParams& p, const ApplyConfig& config)
   batch.max_rank = p.max_rank;
   batch.num_slices = p.slices.count;
   batch.in_features = static_cast<int32_t>(p.in_features);
+  batch.row_groups = config.row_groups;
+  batch.group_rows_log = config.blocks == 1 ? 4 : 5;
   return batch;
 }
 

@@ -70,21 +70,24 @@ struct DecodeExpandTraits {
 struct PartialProducts {
   static constexpr int kBatch = 16;  // loads that registers have room for
 
-  const float* first;  // [splits][...][rank][16 tokens]
-  int stride;          // between splits
-  int splits;
+  const float* first;  // [pieces][...][rank][16 tokens]
+  int stride;          // between pieces
+  int pieces;
   const float* scaling_at;
   float scaling;
 
   __device__ __forceinline__ PartialProducts(const DecodeBatch& p, const DecodeTile& t, int tile,
-                                             int slice)
-      : stride(p.num_slices * p.max_rank * kTileTokens),
-        splits(p.split_rules.parts(read_plan<true>(p.header + kNumTiles))),
-        scaling_at(p.scalings + t.slot) {
-    first = p.partial + int64_t{tile} * splits * stride + slice * t.rank * kTileTokens;
+                                             int slice, int num_tiles)
+      : scaling_at(p.scalings + t.slot) {
+    const int parts = p.split_rules.parts(num_tiles);
+    const TileShares shares = tile_shares(p, t.rank, parts);
+    first = partial_products(p, tile, parts) + slice * t.rank * kTileTokens;
+    stride = shares.stride, pieces = shares.pieces;
   }
 
   __device__ __forceinline__ void wait() {
+    // Else the compiler leaves the divisions to where somebody waits for them.
+    asm volatile("" : "+l"(first), "+r"(stride), "+r"(pieces));
     device::grid_dependency_launch();
     device::grid_dependency_wait();
     scaling = read_plan<true>(scaling_at);
@@ -95,7 +98,7 @@ struct PartialProducts {
                                         float4 (&sums)[kCount]) const {
     constexpr int kMost = kBatch / kCount;
     const float* from = first + token;
-    for (int left = splits; left > 0; left -= kMost, from += kMost * stride) {
+    for (int left = pieces; left > 0; left -= kMost, from += kMost * stride) {
       if (kMost > 8 && left > 8) {
         add<kMost>(rows, from, left, sums);
       } else if (kMost > 4 && left > 4) {
@@ -239,7 +242,7 @@ __device__ __forceinline__ void multiply_step(float (&acc)[4][2][4], const T* st
 
 template <typename T, typename Y, int kChunk, bool kVector>
 __device__ __forceinline__ void decode_expand_body(const DecodeExpandParams& p, const DecodeTile& t,
-                                                   PartialProducts& xa, int slice, int block,
+                                                   int tile, int slice, int block, int num_tiles,
                                                    const T* b, int64_t b_stride,
                                                    unsigned char* shared) {
   using Traits = DecodeExpandTraits<Y, kChunk>;
@@ -305,6 +308,7 @@ __device__ __forceinline__ void decode_expand_body(const DecodeExpandParams& p, 
     stage_b(kSpan);
   }
   device::copy_async_commit();
+  PartialProducts xa(p.batch, t, tile, slice, num_tiles);
   xa.wait();
   split_xa<T, kSpan>(xa, t, token_max, xa_high, xa_low, xa_stride);
 
@@ -359,7 +363,7 @@ __device__ __forceinline__ void prefetch_b(const DecodeExpandParams& p, const De
 
 template <typename T, typename Y, int kChunk, bool kGeneral>
 __device__ __forceinline__ void decode_expand(const DecodeExpandParams& p, const DecodeTile& t,
-                                              PartialProducts& xa, int slice, int block,
+                                              int tile, int slice, int block, int num_tiles,
                                               unsigned char* shared) {
   const auto& from = p.slices[slice];
   const bool flat = kGeneral && p.b_offsets != nullptr;
@@ -368,9 +372,11 @@ __device__ __forceinline__ void decode_expand(const DecodeExpandParams& p, const
                (flat ? p.b_offsets[t.slot] : t.slot * from.slot_stride) + from.first_row * b_stride;
   // kGeneral: a tile finds out for itself whether its rows allow vector accesses.
   if (!kGeneral || (p.vector_y && device::is_aligned(b, 2 * kChunk) && b_stride % kChunk == 0)) {
-    decode_expand_body<T, Y, kChunk, true>(p, t, xa, slice, block, b, b_stride, shared);
+    decode_expand_body<T, Y, kChunk, true>(p, t, tile, slice, block, num_tiles, b, b_stride,
+                                           shared);
   } else {
-    decode_expand_body<T, Y, kChunk, false>(p, t, xa, slice, block, b, b_stride, shared);
+    decode_expand_body<T, Y, kChunk, false>(p, t, tile, slice, block, num_tiles, b, b_stride,
+                                            shared);
   }
 }
 
@@ -384,19 +390,21 @@ __global__ void __launch_bounds__(kExpandThreads, kChunk == 4 ? 5 : 4)
     block -= p.slices[slice++].blocks;
   }
   DecodeTile t;
+  int num_tiles;
   if (p.after_shrink) {
+    num_tiles = read_num_tiles(p.batch);
     t = read_tile<true>(p.batch, tile, 0, 0);
   } else {
     t = read_tile<false>(p.batch, tile, 0, 0);
     prefetch_b<T>(p, t, slice, block);
     device::grid_dependency_wait();
+    num_tiles = read_num_tiles(p.batch);
     t = read_tile<true>(p.batch, tile, t.slot, t.start);
   }
   if (t.slot < 0 || t.rank <= 0) {
     return;
   }
-  PartialProducts xa(p.batch, t, tile, slice);
-  decode_expand<T, Y, kChunk, kGeneral>(p, t, xa, slice, block, shared);
+  decode_expand<T, Y, kChunk, kGeneral>(p, t, tile, slice, block, num_tiles, shared);
 }
 
 }  // namespace lora_ext::cuda

@@ -17,7 +17,6 @@ struct alignas(64) DecodeShrinkParams {
   int64_t x_stride;
   const int64_t* a_offsets;   // flat layout, else null
   int32_t prefetch_features;  // of a CTA's part of K, before the wait
-  int32_t row_groups;         // CTAs that share a tile's rows of A
   bool one_range;             // row i * r + j of the first slice is row j of slice i
   bool vector_x;
   struct {
@@ -25,23 +24,36 @@ struct alignas(64) DecodeShrinkParams {
     int64_t slot_stride, row_stride;
   } slices[kMaxSlices];
 };
-// What a CTA has to do: a part of a tile's K. `num_tiles` is what the number of parts follows from.
+// What a CTA has to do: some rows of a tile and a piece of its K. `num_tiles` is what the number of
+// parts follows from.
 struct ShrinkWork {
   DecodeTile tile;
   int index, num_tiles, parts;  // index: of the tile
+};
 
-  __device__ __forceinline__ bool has_rows(const DecodeBatch& p, int first_row) const {
-    return tile.slot >= 0 && first_row < tile.rank * p.num_slices;
-  }
-  // In steps of 32 values of K.
-  __device__ __forceinline__ int begin(const DecodeBatch& p, int part) const {
-    return small_quotient(steps(p) * (part - index * parts), parts);
-  }
-  __device__ __forceinline__ int end(const DecodeBatch& p, int part) const {
-    return part - index * parts == parts - 1 ? steps(p) : begin(p, part + 1);
-  }
-  __device__ __forceinline__ static int steps(const DecodeBatch& p) {
-    return (p.in_features + 31) / 32;
+// The rows and the piece of K of a CTA, of those that its tile has.
+struct ShrinkPiece {
+  int first_row, rows;  // of the tile's; none: 0
+  int begin, end;       // of K, in steps of 32
+  int sums_at;          // of the tile's partial products: [rows][16 tokens]
+
+  __device__ __forceinline__ ShrinkPiece(const DecodeBatch& p, const ShrinkWork& work, int part,
+                                         int group) {
+    const TileShares shares = tile_shares(p, work.tile.rank, work.parts);
+    int piece = part - work.index * work.parts;
+    if (group >= shares.groups && shares.groups > 0) {
+      const int turn = small_quotient(group, shares.groups);
+      group -= turn * shares.groups;
+      piece += turn * work.parts;
+    }
+    const int steps = (p.in_features + 31) / 32;
+    first_row = group << p.group_rows_log;
+    rows = work.tile.slot >= 0 && piece < shares.pieces
+               ? min(max(work.tile.rank * p.num_slices - first_row, 0), 1 << p.group_rows_log)
+               : 0;
+    begin = small_quotient(steps * piece, shares.pieces);
+    end = piece == shares.pieces - 1 ? steps : small_quotient(steps * (piece + 1), shares.pieces);
+    sums_at = piece * shares.stride + first_row * kTileTokens;
   }
 };
 
@@ -165,16 +177,14 @@ __device__ __forceinline__ const T* shrink_row(const DecodeShrinkParams& p, int 
 
 // What will be read, to L2, before it may be read: x may be yet to be written, and the tile another
 // one than `work` says, but as an address of a prefetch, kept inside the tensors, it does no harm.
-template <typename T, int kRows>
-__device__ __forceinline__ void prefetch_part(const DecodeShrinkParams& p, int part, int first_row,
-                                              const ShrinkWork& work) {
-  const DecodeTile& t = work.tile;
-  const int k = 32 * work.begin(p.batch, part);
-  const int end = min(32 * work.end(p.batch, part), p.batch.in_features);
+template <typename T>
+__device__ __forceinline__ void prefetch_piece(const DecodeShrinkParams& p, const DecodeTile& t,
+                                               const ShrinkPiece& piece) {
+  const int k = 32 * piece.begin, end = min(32 * piece.end, p.batch.in_features);
   const int bytes = 2 * min(end - k, p.prefetch_features);
-  const int row = first_row + threadIdx.x;
-  if (threadIdx.x < kRows && row < t.rank * p.batch.num_slices) {
-    device::prefetch_l2(shrink_row<T, false>(p, t.slot, t.rank, row) + k, bytes);
+  const int row = threadIdx.x;
+  if (row < piece.rows) {
+    device::prefetch_l2(shrink_row<T, false>(p, t.slot, t.rank, piece.first_row + row) + k, bytes);
   } else if (threadIdx.x >= kShrinkThreads - kTileTokens && t.token >= 0) {
     device::prefetch_l2(static_cast<const T*>(p.x) + t.token * p.x_stride + k, bytes);
   }
@@ -183,29 +193,30 @@ __device__ __forceinline__ void prefetch_part(const DecodeShrinkParams& p, int p
 // final: the plan is, and so is x. Else waits for both as late as it can; then what `work` says is
 // put to use, and looked up again meanwhile.
 template <typename T, int kBlocks, bool kVector, bool kFlat>
-__device__ __forceinline__ void decode_shrink_body(const DecodeShrinkParams& p, int group, int part,
-                                                   ShrinkWork work, bool final, float* shared) {
+__device__ __forceinline__ void decode_shrink_body(const DecodeShrinkParams& p, int part, int group,
+                                                   ShrinkWork work, ShrinkPiece piece, bool final,
+                                                   float* shared) {
   using Traits = DecodeShrinkTraits<kBlocks>;
   constexpr int kSteps = Traits::kSteps, kRows = Traits::kRows;
   constexpr int kPartialStride = Traits::kPartialStride;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4,
             q = lane % 4;
-  const int first_row = group * kRows;
   float acc[kBlocks][2][4];
   bool waited = final, confirmed = final;
   do {
     const DecodeTile& t = work.tile;
     // Neighbouring warps take neighbouring 64-byte pieces of the same rows, so that DRAM sees long
     // runs.
-    const int begin = work.begin(p.batch, part) + warp, end = work.end(p.batch, part);
+    const int begin = piece.begin + warp, end = piece.end;
     const int first_k = 32 * begin + 8 * q;
     const T* a_next[2 * kBlocks];
     bool has_row[2 * kBlocks];
 #pragma unroll
     for (int i = 0; i < 2 * kBlocks; ++i) {
-      const int row = first_row + 8 * i + g;
-      has_row[i] = row < t.rank * p.batch.num_slices;
-      a_next[i] = shrink_row<T, kFlat>(p, t.slot, t.rank, has_row[i] ? row : 0) + first_k;
+      const int row = 8 * i + g;
+      has_row[i] = row < piece.rows;
+      a_next[i] =
+          shrink_row<T, kFlat>(p, t.slot, t.rank, has_row[i] ? piece.first_row + row : 0) + first_k;
     }
     const T* x_next[2];
     bool has_token[2];
@@ -290,8 +301,9 @@ __device__ __forceinline__ void decode_shrink_body(const DecodeShrinkParams& p, 
       break;
     }
     work = read_work(p.batch, part, work);
+    piece = ShrinkPiece(p.batch, work, part, group);
     confirmed = true;
-  } while (work.has_rows(p.batch, first_row));
+  } while (piece.rows > 0);
 
   // The warps' sums meet in shared memory, in fixed order.
 #pragma unroll
@@ -308,13 +320,11 @@ __device__ __forceinline__ void decode_shrink_body(const DecodeShrinkParams& p, 
     }
   }
   __syncthreads();
-  const int64_t stride = int64_t{p.batch.num_slices} * p.batch.max_rank;
-  float* out = p.batch.partial + (part * stride + first_row) * kTileTokens;
-  const int used = min(work.tile.rank * p.batch.num_slices - first_row, kRows);
+  float* out = partial_products(p.batch, work.index, work.parts) + piece.sums_at;
 #pragma unroll
   for (int i = thread; i < kRows * kTileTokens / 4; i += kShrinkThreads) {
     const int row = i / (kTileTokens / 4), token = i % (kTileTokens / 4) * 4;
-    if (row < used && token < work.tile.count) {
+    if (row < piece.rows && token < work.tile.count) {
       const float* from = shared + row * kPartialStride + token;
       float4 sum = *reinterpret_cast<const float4*>(from);
 #pragma unroll
@@ -335,21 +345,23 @@ __global__ void __launch_bounds__(kShrinkThreads, 2)
     decode_shrink_kernel(const __grid_constant__ DecodeShrinkParams p) {
   extern __shared__ __align__(128) float sums[];
   using Traits = DecodeShrinkTraits<kBlocks>;
-  constexpr int kRows = Traits::kRows;
   // Row groups of a part are neighbours: so the CTAs that have work are the first ones of the grid,
   // which go to different SMs.
-  const int part = blockIdx.x / p.row_groups, group = blockIdx.x % p.row_groups;
+  const int row_groups = p.batch.row_groups;
+  const int part = blockIdx.x / row_groups, group = blockIdx.x % row_groups;
   ShrinkWork work = find_work(p.batch, part);
-  const bool likely = !kGeneral && work.has_rows(p.batch, group * kRows);
+  ShrinkPiece piece(p.batch, work, part, group);
+  const bool likely = !kGeneral && piece.rows > 0;
   if (likely) {
-    prefetch_part<T, kRows>(p, part, group * kRows, work);
+    prefetch_piece<T>(p, work.tile, piece);
   }
   const bool final = !Traits::kSpeculates || !likely;
   if (final) {
     device::grid_dependency_wait();
     device::grid_dependency_launch();
     work = read_work(p.batch, part, work);
-    if (!work.has_rows(p.batch, group * kRows)) {
+    piece = ShrinkPiece(p.batch, work, part, group);
+    if (piece.rows == 0) {
       return;
     }
   }
@@ -361,11 +373,11 @@ __global__ void __launch_bounds__(kShrinkThreads, 2)
                     shrink_row<T, true>(p, work.tile.slot, work.tile.rank, i * work.tile.rank), 16);
     }
     if (!vector) {
-      decode_shrink_body<T, kBlocks, false, true>(p, group, part, work, true, sums);
+      decode_shrink_body<T, kBlocks, false, true>(p, part, group, work, piece, true, sums);
       return;
     }
   }
-  decode_shrink_body<T, kBlocks, true, kGeneral>(p, group, part, work, final, sums);
+  decode_shrink_body<T, kBlocks, true, kGeneral>(p, part, group, work, piece, final, sums);
 }
 
 }  // namespace lora_ext::cuda

@@ -23,10 +23,21 @@ struct DecodeBatch {
   const Tile* tiles;
   const int32_t *permutation, *ranks;
   const float* scalings;
-  float* partial;  // [tile][split][S * R][16 tokens]
+  float* partial;  // of each tile room for [part][row_groups * group_rows][16 tokens]
   SplitRules split_rules;
   int32_t tile_capacity, max_tokens, num_slots, num_tokens, max_rank, num_slices, in_features;
+  int32_t row_groups, group_rows_log;  // CTAs of the shrink for a part of K, and rows of each
 };
+
+__device__ __forceinline__ TileShares tile_shares(const DecodeBatch& p, int rank, int parts) {
+  return TileShares(p.row_groups, p.group_rows_log, rank * p.num_slices, parts);
+}
+
+// Where a tile's partial products begin.
+__device__ __forceinline__ float* partial_products(const DecodeBatch& p, int tile, int parts) {
+  const int rows = p.row_groups << p.group_rows_log;
+  return p.partial + int64_t{tile} * parts * (rows * kTileTokens);
+}
 
 // What a CTA must know before its first load of weights; `token` is that of entry lane % 16.
 struct DecodeTile {
@@ -43,6 +54,13 @@ __device__ __forceinline__ V read_plan(const V* from) {
   } else {
     return __ldcg(from);
   }
+}
+
+// Of a final plan. Asked for here, not where it is first used, which would be a trip of its own.
+__device__ __forceinline__ int read_num_tiles(const DecodeBatch& p) {
+  int count;
+  asm volatile("ld.global.ca.s32 %0, [%1];\n" : "=r"(count) : "l"(p.header + kNumTiles));
+  return count;
 }
 
 // `slot` and `start` say where to look, so that the tile, its rank and its tokens come in one round

@@ -108,9 +108,33 @@ struct SplitRules {
   }
 };
 
+// How a tile's rows of A and its K are dealt out to the CTAs that the decode shrink has for it:
+// `parts` for each of the row groups that the pool's highest rank makes. A lower rank makes fewer,
+// and the CTAs that are left over take pieces of K, so that adapters of rank 16 in a pool of rank
+// 64 keep as many CTAs at work as those of rank 64 (qkv, 32 of them: 17.3 -> 13.2 us). Where pieces
+// are many as it is, it would cost more to add them up.
+struct TileShares {
+  int groups;  // of rows
+  int pieces;  // of K
+  int stride;  // between the partial products of two pieces
+
+  LORA_EXT_HOST_DEVICE TileShares(int row_groups, int group_rows_log, int rows, int parts)
+      : groups((rows + (1 << group_rows_log) - 1) >> group_rows_log),
+        pieces(parts),
+        stride((groups << group_rows_log) * kTileTokens) {
+    constexpr int kMostPieces = SplitRules::kMostParts * 3 / 4;
+    if (2 * groups <= row_groups && groups > 0) {  // else no division, which somebody waits for
+      const int most = small_quotient(kMostPieces, parts);
+      const int each = small_quotient(row_groups, groups);
+      pieces *= each < most ? each : most > 1 ? most : 1;
+    }
+  }
+};
+
 struct ApplyConfig {
-  bool decode;  // the two decode kernels; else the wide shrink and expand
-  int blocks;   // blocks of 16 rows of A that a CTA of the decode shrink computes, 1 or 2
+  bool decode;     // the two decode kernels; else the wide shrink and expand
+  int blocks;      // blocks of 16 rows of A that a CTA of the decode shrink computes, 1 or 2
+  int row_groups;  // such CTAs for all rows of a slot of the highest rank
   SplitRules split_rules;
   int prefetch_features;  // values of K of a part that are brought to L2 ahead of time
   int shared_percent;     // of an SM's L1 cache that both kernels want as shared memory; -1: any
@@ -179,7 +203,11 @@ inline ApplyConfig apply_config(const ApplyShape& s) {
   // ones live from being there at the same time (`down`, 8 tokens of one adapter of rank 64: 7.7 ->
   // 6.1 us). Loads on their way live in what is left of the cache, so large ones want it whole.
   constexpr int kSharedPercent = 58;  // two CTAs of each kernel
-  return {true, blocks, split_rules(s, static_cast<int>(ceil_div(rows, 16 * blocks)), small),
+  const auto row_groups = static_cast<int>(ceil_div(rows, 16 * blocks));
+  return {true,
+          blocks,
+          row_groups,
+          split_rules(s, row_groups, small),
           small ? static_cast<int>(s.in_features) : 4 * 32 * kDecodeWarps,
           small ? kSharedPercent : -1};
 }

@@ -57,10 +57,9 @@ __device__ __forceinline__ void find_tiles(const DecodeBatch& p, const int64_t* 
 template <typename Traits>
 __device__ __forceinline__ void add_up_xa(const LinearDecodeParams& p,
                                           typename Traits::Shared& shared, int first_row,
-                                          int end_row, int splits, int thread) {
+                                          int end_row, int parts_of_tile, int thread) {
   constexpr int kAtOnce = 2, kParts = 8;  // loads of a thread in flight
   const DecodeBatch& batch = p.batch;
-  const int64_t stride = int64_t{batch.num_slices} * batch.max_rank * kTileTokens;
   const int ranks = xa_slice(batch.max_rank), values = batch.num_tokens * ranks;
 #pragma unroll 1
   for (int slice = 0; slice < batch.num_slices; ++slice) {
@@ -71,26 +70,29 @@ __device__ __forceinline__ void add_up_xa(const LinearDecodeParams& p,
     for (int i = thread; i < values; i += kAtOnce * kFinishThreads) {
       const float* from[kAtOnce];
       float scaling[kAtOnce], sum[kAtOnce] = {};
+      int pieces[kAtOnce], stride[kAtOnce], most = 0;
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) {
         const int at = i + u * kFinishThreads, token = at / ranks, j = at % ranks;
         const int place = at < values ? shared.place[token] : -1,
                   tile = max(place, 0) / kTileTokens;
         const int rank = place >= 0 ? shared.rank[tile] : 0;
-        from[u] = batch.partial + shared.number[tile] * splits * stride +
+        const TileShares shares = tile_shares(batch, rank, parts_of_tile);
+        from[u] = partial_products(batch, shared.number[tile], parts_of_tile) +
                   (slice * rank + j) * kTileTokens + place % kTileTokens;
         from[u] = j < rank ? from[u] : nullptr;
+        pieces[u] = j < rank ? shares.pieces : 0, stride[u] = shares.stride;
+        most = max(most, pieces[u]);
         scaling[u] = j < rank ? __ldcg(batch.scalings + shared.slot[tile]) : 0.0f;
       }
 #pragma unroll 1
-      for (int c = 0; c < splits; c += kParts) {
+      for (int c = 0; c < most; c += kParts) {
         float parts[kAtOnce][kParts];
 #pragma unroll
         for (int k = 0; k < kParts; ++k) {
 #pragma unroll
           for (int u = 0; u < kAtOnce; ++u) {
-            parts[u][k] =
-                from[u] != nullptr && c + k < splits ? __ldcg(from[u] + (c + k) * stride) : 0.0f;
+            parts[u][k] = c + k < pieces[u] ? __ldcg(from[u] + (c + k) * stride[u]) : 0.0f;
           }
         }
 #pragma unroll
@@ -348,13 +350,12 @@ __device__ __forceinline__ void finish(const LinearDecodeParams& p,
   const int thread = threadIdx.x - Traits::kStreamThreads;
   const LinearShare share(p.out_features, Traits::kTiles);
   // The shrink has just read the same of the plan.
-  const int splits = p.batch.split_rules.parts(read_plan<true>(p.batch.header + kNumTiles));
+  const int parts = p.batch.split_rules.parts(read_num_tiles(p.batch));
   find_tiles<Traits>(p.batch, p.b_offsets, shared, thread);
   LinearExpand<T, Traits> expand(p, shared, share, thread);
   device::grid_dependency_wait();
   if (shared.tiles > 0) {
-    add_up_xa<Traits>(p, shared, 16 * share.first, 16 * (share.first + share.count), splits,
-                      thread);
+    add_up_xa<Traits>(p, shared, 16 * share.first, 16 * (share.first + share.count), parts, thread);
   }
 #pragma unroll 1
   for (int pass = 0; pass < share.passes; ++pass) {

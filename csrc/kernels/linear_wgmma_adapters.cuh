@@ -81,9 +81,8 @@ __device__ __forceinline__ void find_entries(const DecodeBatch& p, typename Trai
 // bytes; fp16, whose range is too small for halves, has the values themselves.
 template <typename T, typename Traits>
 __device__ __forceinline__ void add_up_slice(const DecodeBatch& p, typename Traits::Shared& shared,
-                                             int slice, int splits, int thread) {
+                                             int slice, int parts_of_tile, int thread) {
   constexpr int kParts = 8;
-  const int64_t stride = int64_t{p.num_slices} * p.max_rank * kTileTokens;
   const int xa_stride = Traits::xa_stride(p.max_rank);
   const int ranks = (p.max_rank + 15) / 16 * 16, items = shared.quads * ranks;
 #pragma unroll 1
@@ -95,18 +94,19 @@ __device__ __forceinline__ void add_up_slice(const DecodeBatch& p, typename Trai
     const int rank = shared.entry[at.entry].rank;
     if (j < rank) {
       const float scaling = shared.entry[at.entry].scaling;
-      const float* from =
-          p.partial + at.tile * splits * stride + (slice * rank + j) * kTileTokens + 4 * at.quarter;
-      for (int c = 0; c < splits; c += kParts) {
+      const TileShares shares = tile_shares(p, rank, parts_of_tile);
+      const float* from = partial_products(p, at.tile, parts_of_tile) +
+                          (slice * rank + j) * kTileTokens + 4 * at.quarter;
+      for (int c = 0; c < shares.pieces; c += kParts) {
         float4 parts[kParts];
 #pragma unroll
         for (int k = 0; k < kParts; ++k) {
-          parts[k] =
-              __ldcg(reinterpret_cast<const float4*>(from + min(c + k, splits - 1) * stride));
+          parts[k] = __ldcg(reinterpret_cast<const float4*>(from + min(c + k, shares.pieces - 1) *
+                                                                       shares.stride));
         }
 #pragma unroll
         for (int k = 0; k < kParts; ++k) {
-          if (c + k < splits) {
+          if (c + k < shares.pieces) {
             sum.x += parts[k].x, sum.y += parts[k].y, sum.z += parts[k].z, sum.w += parts[k].w;
           }
         }
@@ -142,7 +142,7 @@ __device__ __forceinline__ void help(const LinearWgmmaParams& p, typename Traits
   if (thread % 32 == 0) {
     device::barrier_arrive(&shared.found);
   }
-  const int splits = p.batch.split_rules.parts(read_plan<true>(p.batch.header + kNumTiles));
+  const int parts = p.batch.split_rules.parts(read_num_tiles(p.batch));
   device::grid_dependency_wait();
   uint32_t turn = 1;
   for (int slice = 0; slice < p.batch.num_slices && shared.entries > 0; ++slice) {
@@ -151,7 +151,7 @@ __device__ __forceinline__ void help(const LinearWgmmaParams& p, typename Traits
     }
     device::barrier_wait(&shared.xa_empty, turn);
     turn ^= 1;
-    add_up_slice<T, Traits>(p.batch, shared, slice, splits, thread);
+    add_up_slice<T, Traits>(p.batch, shared, slice, parts, thread);
     __syncwarp();
     if (thread % 32 == 0) {
       device::barrier_arrive(&shared.xa_full);

@@ -47,6 +47,12 @@ void bind_apply(py::module_& m) {
   py::class_<SplitRules>(m, "SplitRules")
       .def("parts", &SplitRules::parts, "num_tiles"_a)
       .def("all_parts", &SplitRules::all_parts, "capacity"_a);
+  py::class_<TileShares>(m, "TileShares")
+      .def(py::init<int, int, int, int>(), py::kw_only(), "row_groups"_a, "group_rows_log"_a,
+           "rows"_a, "parts"_a)
+      .def_readonly("groups", &TileShares::groups)
+      .def_readonly("pieces", &TileShares::pieces)
+      .def_readonly("stride", &TileShares::stride);
   py::class_<ApplyConfig>(m, "ApplyConfig")
       .def_readonly("decode", &ApplyConfig::decode)
       .def_readonly("blocks", &ApplyConfig::blocks)
