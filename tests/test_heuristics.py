@@ -352,10 +352,10 @@ def test_the_decode_expand_streams_where_its_grid_would_be_large(**shape: int) -
 
 
 def test_an_embedding_of_few_tokens_needs_no_tiles() -> None:
-    assert testing.embedding_is_few(num_tokens=8, whole_columns=True)
-    assert not testing.embedding_is_few(num_tokens=9, whole_columns=True)
-    assert testing.embedding_is_few(num_tokens=16, whole_columns=False)
-    assert not testing.embedding_is_few(num_tokens=17, whole_columns=False)
+    assert testing.embedding_is_few(num_tokens=8)
+    assert not testing.embedding_is_few(num_tokens=9)
+    assert testing.embedding_is_by_slots(num_tokens=64)
+    assert not testing.embedding_is_by_slots(num_tokens=65)
 
 
 @given(num_tokens=TOKENS, num_slots=SLOTS, max_rank=st.integers(1, 1024))

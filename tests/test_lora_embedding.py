@@ -161,14 +161,14 @@ def test_applied_form(device, width, num_extra):
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["vocabulary-major", "rank-major"])
-@pytest.mark.parametrize("tokens", [1, 7, 13, 40, 150, 260, 700])
+@pytest.mark.parametrize("tokens", [1, 7, 13, 40, 64, 150, 260, 700])
 @pytest.mark.parametrize(
     "ranks_list",
     [[16, 8, 0, 3], [32, 20, 0, 7], [64, 40, 0, 33], [128, 72, 0, 5]],
     ids=["r16", "r32", "r64", "r128"],
 )
 def test_applied_form_of_aligned_tensors(device, ranks_list, tokens, whole):
-    """What the kernels by tokens and by tiles take, and what they must leave alone."""
+    """What the kernels by tokens, slots and tiles take, and what they must leave alone."""
     width, max_rank = 200, ranks_list[0]
     for dtype in (torch.bfloat16, torch.float16):
         gen = generator("aligned", max_rank, tokens)
@@ -179,9 +179,10 @@ def test_applied_form_of_aligned_tensors(device, ranks_list, tokens, whole):
         b = randn((4, width, max_rank), dtype, device, gen)
         for slot, rank in enumerate(ranks_list):
             b[slot, :, rank:] = NAN
-        # Few tokens of one slot, many of another; a plan for more tokens than the call has.
-        slots = random_slots(tokens // 3, 4, gen)
-        slots += [2 * (t % 2) - (t % 7 == 0) for t in range(tokens // 3, tokens + 5)]
+        # Few tokens of one slot, many of another (64: all of one); a plan for more tokens than the
+        # call has.
+        slots = [0] * 64 if tokens == 64 else random_slots(tokens // 3, 4, gen)
+        slots += [2 * (t % 2) - (t % 7 == 0) for t in range(len(slots), tokens + 5)]
         batch = make_batch(slots, 4, device, tokens + 30)
         token_slots = batch.token_slots[:tokens]
         ids = torch.randint(-1, 58, (tokens,), generator=gen)

@@ -11,6 +11,7 @@
 #include <cuda_runtime.h>
 
 #include "kernels/embedding_few.cuh"
+#include "kernels/embedding_slots.cuh"
 #include "kernels/embedding_tiles.cuh"
 #include "kernels/heuristics.h"
 #include "kernels/kernels.h"
@@ -119,6 +120,18 @@ cudaError_t launch_few(EmbeddingJob job, bool whole, void* stream) {
       launch_shape(int64_t{job.num_tokens} * job.blocks, kFewThreads, 0), stream, job);
 }
 
+template <typename T, int kChunk, int kSteps, int kRows>
+cudaError_t launch_slots(EmbeddingJob job, bool whole, void* stream) {
+  job.blocks = static_cast<int32_t>(ceil_div(job.columns, kSlotsWarps * 8 * kRows));
+  job.num_tiles = std::min({job.num_tokens, job.num_slots, kSlotsTokens});
+  return launch_kernel(
+      whole ? embedding_slots_kernel<T, kChunk, kSteps, kRows, true>
+            : embedding_slots_kernel<T, kChunk, kSteps, kRows, false>,
+      launch_shape(ceil_div(job.num_tokens, kSlotsTokens) * job.num_tiles * job.blocks,
+                   kSlotsThreads, 0),
+      stream, job);
+}
+
 // A look at the plan ahead of time where CTAs are few: with more it delays those that come later.
 template <typename T, int kSteps, bool kWgmma, int kBlocks>
 cudaError_t launch_tiles(EmbeddingJob job, void* stream) {
@@ -138,11 +151,17 @@ template <typename T>
 cudaError_t apply(const EmbeddingParams& p, const ExpandParams& e) {
   EmbeddingJob job = job_of(p, e);
   const bool whole = has_whole_columns(p);
-  if (embedding_is_few(job.num_tokens, whole)) {
+  if (embedding_is_few(job.num_tokens)) {
     return job.max_rank <= 16   ? launch_few<T, 2>(job, whole, p.stream)
            : job.max_rank <= 32 ? launch_few<T, 4>(job, whole, p.stream)
            : job.max_rank <= 64 ? launch_few<T, 8>(job, whole, p.stream)
                                 : launch_few<T, 16>(job, whole, p.stream);
+  }
+  if (embedding_is_by_slots(job.num_tokens)) {
+    return job.max_rank <= 16   ? launch_slots<T, 4, 1, 8>(job, whole, p.stream)
+           : job.max_rank <= 32 ? launch_slots<T, 8, 1, 8>(job, whole, p.stream)
+           : job.max_rank <= 64 ? launch_slots<T, 8, 2, 8>(job, whole, p.stream)
+                                : launch_slots<T, 8, 4, 4>(job, whole, p.stream);
   }
   if (!whole) {
     EmbeddingParams gather = p;

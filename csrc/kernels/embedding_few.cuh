@@ -24,15 +24,9 @@ __global__ void __launch_bounds__(kFewThreads)
   const int block = static_cast<int>(blockIdx.x) - token * p.blocks;
   const int first = block * kFewColumns + 16 * warp + lane / kLanes;
   const int last = p.columns - 1;
-  {  // to L2, for a slot that may be another one by the time it is read
-    const int slot = __ldcg(p.token_slots + token), row = block * kFewColumns + threadIdx.x;
-    if (threadIdx.x < kFewColumns && row <= last && slot >= 0 && slot < p.num_slots) {
-      const int rank = min(__ldcg(p.ranks + slot), p.max_rank);
-      if (rank > 0) {
-        device::prefetch_l2(
-            static_cast<const T*>(p.b) + slot * p.b_slot_stride + row * p.b_row_stride, 2 * rank);
-      }
-    }
+  if (threadIdx.x < kFewColumns) {
+    prefetch_row<T, 8 * kLanes>(p, __ldcg(p.token_slots + token),
+                                block * kFewColumns + threadIdx.x);
   }
   device::grid_dependency_wait();
   device::grid_dependency_launch();
@@ -54,7 +48,7 @@ __global__ void __launch_bounds__(kFewThreads)
   if constexpr (kVector) {
     device::load_vector(a, a_column.first + j, a_column.first != nullptr && reads);
   } else {
-    a = a_column.load(j, p.max_rank);
+    a = a_column.template load<8>(j, p.max_rank);
   }
   const T* b = static_cast<const T*>(p.b) + slot * p.b_slot_stride + j;
   Chunk rows[kRounds];

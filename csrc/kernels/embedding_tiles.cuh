@@ -384,14 +384,7 @@ __global__ void __launch_bounds__(kEmbeddingThreads, kBlocks)
     tile.read<false>(p, static_cast<int>(blockIdx.x) / p.blocks);
     const int row = static_cast<int>(blockIdx.x) % p.blocks * kEmbeddingColumns + threadIdx.x;
     static_assert(kEmbeddingColumns == kEmbeddingThreads);
-    if (tile.slot >= 0 && tile.slot < p.num_slots && row < p.columns) {
-      const int rank = min(read_plan<false>(p.ranks + tile.slot), p.max_rank);
-      if (rank > 0) {
-        device::prefetch_l2(
-            static_cast<const T*>(p.b) + tile.slot * p.b_slot_stride + row * p.b_row_stride,
-            2 * rank);
-      }
-    }
+    prefetch_row<T, 16 * kSteps>(p, tile.slot, row);
   }
   if (p.ids != nullptr) {
     device::grid_dependency_wait();

@@ -276,12 +276,13 @@ inline int64_t decode_stream_ctas(int64_t num_tokens, int64_t num_slots, int64_t
 }
 
 // Tokens of an embedding up to which each has CTAs of its own, which need nothing of the plan but
-// the token's slot (one token, rank 64: 2.7 -> 1.9 us); with more, weights should serve tiles of
-// them (16 tokens: 4.3 -> 3.5), for which columns of A that are not in one piece are gathered first
-// (16 tokens: 4.4 -> 5.6).
-inline bool embedding_is_few(int64_t num_tokens, bool whole_columns) {
-  return num_tokens <= (whole_columns ? 8 : 16);
-}
+// the token's slot (one token: 1.6 -> 1.2 us).
+inline bool embedding_is_few(int64_t num_tokens) { return num_tokens <= 8; }
+
+// Those up to which a warp finds the tokens of a slot by itself, among 32 at a time, instead of
+// waiting for the plan's tiles (32 tokens, rank 16: 2.8 -> 1.9 us; 128: 3.4 -> 3.5, since B is read
+// again for every 32).
+inline bool embedding_is_by_slots(int64_t num_tokens) { return num_tokens <= 64; }
 
 // Whether an embedding's tiles are full enough for products of 64 tokens at a time, and ranks high
 // enough that products count (rank 64: 2,048 tokens 16.1 -> 14.1 us, 256 tokens of 8 slots 5.9 ->

@@ -172,7 +172,8 @@ void bind_expand(py::module_& m) {
         "blocks"_a, "max_rank"_a, "resident"_a, "sm_count"_a);
   m.def("expand_walks", &expand_walks, py::kw_only(), "num_tokens"_a, "row_steps"_a, "resident"_a);
   m.def("expand_streams", &expand_streams, py::kw_only(), "num_tokens"_a, "max_rank"_a);
-  m.def("embedding_is_few", &embedding_is_few, py::kw_only(), "num_tokens"_a, "whole_columns"_a);
+  m.def("embedding_is_few", &embedding_is_few, py::kw_only(), "num_tokens"_a);
+  m.def("embedding_is_by_slots", &embedding_is_by_slots, py::kw_only(), "num_tokens"_a);
   m.def("embedding_is_wide", &embedding_is_wide, py::kw_only(), "num_tokens"_a, "num_slots"_a,
         "max_rank"_a);
   m.def("embedding_grid_tiles", &embedding_grid_tiles, py::kw_only(), "num_tokens"_a, "num_slots"_a,
