@@ -469,6 +469,32 @@ def test_moe_shrink_blocks_are_spread_where_they_are_few(**shape: int) -> None:
         assert config.prefetch_features == 0  # which wants to be there early
 
 
+@given(num_pairs=PAIRS, num_groups=GROUPS, rows=st.integers(1, 128), sm_count=SM_COUNTS)
+def test_a_long_k_is_split_further_for_few_pairs(**shape: int) -> None:
+    def features(in_features: int) -> int:
+        config = testing.moe_shrink_config(
+            in_features=in_features, matrices=1, vector=True, **shape
+        )
+        return int(config.split_features)
+
+    tiles = max(-(-shape["num_pairs"] // 64), min(shape["num_pairs"], shape["num_groups"]))
+    ctas = tiles * -(-shape["rows"] // 64)
+    if shape["num_pairs"] <= 1024 and 16 * ctas <= 2 * shape["sm_count"]:
+        assert features(14336) == 896  # as many parts as there may be
+    if shape["num_pairs"] <= 1024 and 8 * ctas <= 4 * shape["sm_count"]:
+        assert features(14336) <= 1792
+    if shape["num_pairs"] > 1024 and 2 * ctas > shape["sm_count"]:
+        assert features(14336) >= 7168
+
+
+def test_lanes_without_a_pair_share_parts_of_k_where_those_are_many() -> None:
+    assert testing.moe_expand_shares_splits(splits=8, max_rank=16)
+    assert not testing.moe_expand_shares_splits(splits=4, max_rank=16)
+    assert testing.moe_expand_shares_splits(splits=4, max_rank=64)
+    assert not testing.moe_expand_shares_splits(splits=2, max_rank=64)
+    assert not testing.moe_expand_shares_splits(splits=16, max_rank=128)
+
+
 @given(
     num_pairs=PAIRS,
     num_groups=GROUPS,

@@ -20,23 +20,25 @@ constexpr int held_bytes() {
 }
 
 // As many CTAs on an SM as registers hold without spilling.
-template <typename T, typename Y, int kChunk, bool kAll, bool kVector, int kUnits>
+template <typename T, typename Y, int kChunk, bool kAll, bool kVector, int kUnits, bool kShares>
 constexpr int expand_min_blocks() {
   if (kUnits == 2) {
     return (kChunk == 4 ? 4 : 3) - (device::kNeedsScale<T> ? 1 : 0);
   }
-  const int fewer = sizeof(Y) == 4                       ? kChunk == 4 ? 2 : 1
-                    : device::kNeedsScale<T> || !kVector ? 1
-                                                         : 0;
+  const int fewer = sizeof(Y) == 4                                  ? kChunk == 4 ? 2 : 1
+                    : device::kNeedsScale<T> || !kVector || kShares ? 1
+                                                                    : 0;
   return !kAll ? 3 - (sizeof(Y) == 4 ? 1 : 0) : (kChunk == 4 ? 6 : 4) - fewer;
 }
 
 // kChunk: neighbouring ranks that a lane holds, 4 for pools of rank up to 16, else 8. kAll: no slot
 // has more ranks than are held; else the others' weights are read again for every eight pairs.
-// kUnits: neighbouring units of columns that a warp takes.
-template <typename T, typename Y, int kChunk, int kHeld, bool kAll, bool kVector, int kUnits = 1>
-__global__ void __launch_bounds__(kMoeThreads,
-                                  (expand_min_blocks<T, Y, kChunk, kAll, kVector, kUnits>()))
+// kUnits: neighbouring units of columns that a warp takes. kShares: lanes without a pair help to
+// add up the parts of K.
+template <typename T, typename Y, int kChunk, int kHeld, bool kAll, bool kVector, int kUnits = 1,
+          bool kShares = false>
+__global__ void __launch_bounds__(
+    kMoeThreads, (expand_min_blocks<T, Y, kChunk, kAll, kVector, kUnits, kShares>()))
     moe_expand_kernel(const __grid_constant__ MoeExpandParams p) {
   static_assert(kUnits == 1 || (kVector && kAll));
   constexpr int kSpan = 4 * kChunk, kSlotBytes = kMoeThreads * kChunk * 2;
@@ -143,7 +145,17 @@ __global__ void __launch_bounds__(kMoeThreads,
         load_held<1, kChunk, kHeld, 4>(&next_xa.values, p, &next_xa.row, q * kChunk, rank);
       }
     };
-    load_next_xa(0);
+    if (kShares && tile.count <= 4) {
+      const int sharing = tile.count == 1 ? 1 : tile.count == 2 ? 2 : 4;
+      const int pair = pair_of(0, g % sharing);
+      const float* const row =
+          pair >= 0 ? p.xa + pair * p.xa_row_stride + slice * p.xa_rank_stride : nullptr;
+      load_shared<kChunk, kHeld>(next_xa.values, p, row, q * kChunk, rank, sharing);
+      next_xa.row = row;
+      next_xa.rank = row != nullptr && g < sharing ? rank : 0;
+    } else {
+      load_next_xa(0);
+    }
     device::copy_async_wait<0>();
     for (int round = 0; round < rounds; ++round) {
       xa = next_xa;
@@ -264,6 +276,16 @@ cudaError_t launch(const MoeExpandParams& params, bool vector, bool many, int un
       return narrow
                  ? launch_held(moe_expand_kernel<T, Y, 4, 1, true, true, 2>, held_bytes<4, 1, 2>())
                  : launch_held(moe_expand_kernel<T, Y, 8, 1, true, true, 2>, held_bytes<8, 1, 2>());
+    }
+  }
+  if constexpr (sizeof(Y) == 2) {
+    if (vector && moe_expand_shares_splits(params.splits, params.max_rank)) {
+      return narrow     ? launch_held(moe_expand_kernel<T, Y, 4, 1, true, true, 1, true>,
+                                      held_bytes<4, 1>())
+             : one_step ? launch_held(moe_expand_kernel<T, Y, 8, 1, true, true, 1, true>,
+                                      held_bytes<8, 1>())
+                        : launch_held(moe_expand_kernel<T, Y, 8, 2, true, true, 1, true>,
+                                      held_bytes<8, 2>());
     }
   }
   if (narrow) {

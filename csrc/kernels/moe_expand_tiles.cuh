@@ -113,6 +113,59 @@ __device__ __forceinline__ void load_held(float (*values)[kHeld][kChunk], const 
   }
 }
 
+// The same of a tile of up to four pairs, whose lanes would be few: those of eight groups of four
+// that have no pair of their own take parts of K for another one. `pairs` is 1, 2 or 4, and `row`
+// that of pair g % pairs (null: none).
+template <int kChunk, int kHeld>
+__device__ __forceinline__ void load_shared(float (&values)[kHeld][kChunk],
+                                            const MoeExpandParams& p, const float* row, int j,
+                                            int rank, int pairs) {
+  constexpr int kSpan = 4 * kChunk;
+  const int g = static_cast<int>(threadIdx.x) % 32 / 4, sharers = 8 / pairs;
+#pragma unroll
+  for (int step = 0; step < kHeld; ++step) {
+#pragma unroll
+    for (int e = 0; e < kChunk; ++e) {
+      values[step][e] = 0.0f;
+    }
+  }
+#pragma unroll 2
+  for (int split = g / pairs; split < p.splits; split += sharers) {
+#pragma unroll
+    for (int step = 0; step < kHeld; ++step) {
+#pragma unroll
+      for (int quad = 0; quad < kChunk; quad += 4) {
+        if (row != nullptr && step * kSpan + j + quad < rank) {
+          const float4 part =
+              *reinterpret_cast<const float4*>(row + split * p.xa_plane + step * kSpan + j + quad);
+          float* sum = values[step] + quad;
+          sum[0] += part.x, sum[1] += part.y, sum[2] += part.z, sum[3] += part.w;
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int distance = 4; distance >= 1; distance /= 2) {
+    if (distance >= pairs) {
+#pragma unroll
+      for (int step = 0; step < kHeld; ++step) {
+#pragma unroll
+        for (int e = 0; e < kChunk; ++e) {
+          values[step][e] += __shfl_xor_sync(kAllLanes, values[step][e], 4 * distance);
+        }
+      }
+    }
+  }
+  const int own_rank = g < pairs ? rank : 0;
+#pragma unroll
+  for (int step = 0; step < kHeld; ++step) {
+#pragma unroll
+    for (int e = 0; e < kChunk; ++e) {
+      values[step][e] = step * kSpan + j + e < own_rank ? values[step][e] : 0.0f;
+    }
+  }
+}
+
 // Neighbouring values of xa as the sum of two 16-bit ones.
 template <typename T, int kChunk>
 struct SplitChunk {

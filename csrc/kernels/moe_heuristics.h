@@ -45,6 +45,15 @@ inline MoeShrinkConfig moe_shrink_config(const MoeShape& s) {
          2 * splits * ctas <= 2 * s.sm_count) {
     splits *= 2;
   }
+  // A long K goes on to be split, up to four CTAs an SM: a tile of many pairs has so much of x that
+  // the others would wait for it (Mixtral's w2, 256 pairs: 22.9 -> 19.8 us). Not with thousands of
+  // pairs, for which another plane is more to read (4,096: 70 -> 76).
+  constexpr int kLongFeatures = 1792, kLongPairs = 1024;
+  while (splits < kMaxSplits && s.num_pairs <= kLongPairs &&
+         s.in_features >= int64_t{2} * kLongFeatures * splits &&
+         2 * splits * ctas <= 4 * s.sm_count) {
+    splits *= 2;
+  }
   config.split_features = static_cast<int>(ceil_div(ceil_div(s.in_features, splits), 128) * 128);
   config.splits = std::max(1, static_cast<int>(ceil_div(s.in_features, config.split_features)));
   // A batch that waits for its loads, not for the bandwidth, gains from loads that begin before the
@@ -81,6 +90,12 @@ inline int moe_expand_units(int64_t num_pairs, int64_t num_groups, int64_t colum
   const int64_t b_bytes =
       likely_moe_tiles(num_pairs, num_groups) * columns * (max_rank <= 16 ? 32 : 64);
   return max_rank <= 32 && b_bytes > 64 * 1024 * int64_t{sm_count} ? 2 : 1;
+}
+
+// Whether parts of K are so many that in the expand lanes without a pair had better take some of
+// them: more than a lane asks for at once, which is four of up to 16 ranks, one of more.
+inline bool moe_expand_shares_splits(int splits, int max_rank) {
+  return max_rank <= 64 && splits >= (max_rank <= 16 ? 8 : 4);
 }
 
 // Rows of the grids over tiles: all that there can be while CTAs are few; beyond, each CTA takes

@@ -104,10 +104,11 @@ __global__ void __launch_bounds__(kMoeThreads, kRowBlocks == 4 && !kWide ? 2 : 3
     }
     const T* a = static_cast<const T*>(matrix.a) + tile.slot * matrix.slot_stride +
                  tile.expert * matrix.expert_stride;
+    float scale = 0.0f;  // comes to shared memory later: x waits for the pairs alone
     if (thread < kMoeTilePairs) {
       int pair = thread < tile.count ? permutation[tile.start + thread] : -1;
       pair = pair < p.num_pairs ? pair : -1;
-      float scale = 0.0f;
+      shared.pairs[thread] = pair;
       if (pair >= 0) {
         scale = p.scalings[tile.slot];
         if (p.topk_weights != nullptr) {
@@ -115,19 +116,17 @@ __global__ void __launch_bounds__(kMoeThreads, kRowBlocks == 4 && !kWide ? 2 : 3
                                    : device::to_float(static_cast<const T*>(p.topk_weights)[pair]);
         }
       }
-      shared.pairs[thread] = pair;
-      shared.scales[thread] = scale;
     }
     if (many) {
       __syncthreads();  // the tile's pairs
       shrink_many<T, Traits::kManyBlocks, Traits::kSharedBytes, kVector>(
-          p, work, a, matrix.row_stride, shared, buffer);
+          p, work, a, matrix.row_stride, scale, shared, buffer);
     } else if (work.count <= 8) {
       shrink_few<T, kRowBlocks, 1, Traits::kSharedBytes, kVector>(p, work, a, matrix.row_stride,
-                                                                  shared, buffer);
+                                                                  scale, shared, buffer);
     } else {
       shrink_few<T, kRowBlocks, 2, Traits::kSharedBytes, kVector>(p, work, a, matrix.row_stride,
-                                                                  shared, buffer);
+                                                                  scale, shared, buffer);
     }
   }
 }

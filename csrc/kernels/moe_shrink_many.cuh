@@ -16,8 +16,8 @@ namespace lora_ext::cuda {
 // could have read for it.
 template <typename T, int kBlocks, int kBufferBytes, bool kVector>
 __device__ __forceinline__ void shrink_many(const MoeShrinkParams& p, const MoeShrinkWork& work,
-                                            const T* a, int64_t a_stride, MoeShrinkShared& shared,
-                                            unsigned char* buffer) {
+                                            const T* a, int64_t a_stride, float scale,
+                                            MoeShrinkShared& shared, unsigned char* buffer) {
   constexpr int kPiece = 64;  // values of K, 128 bytes of a row, which the swizzle spans
   constexpr int kStageBytes = (16 * kBlocks + kMoeTilePairs) * kPiece * 2;
   constexpr int kStages = kBufferBytes / kStageBytes;
@@ -77,6 +77,9 @@ __device__ __forceinline__ void shrink_many(const MoeShrinkParams& p, const MoeS
 #pragma unroll 1
   for (int step = 1; step < kStages; ++step) {
     fetch();
+  }
+  if (thread < kMoeTilePairs) {
+    shared.scales[thread] = scale;
   }
   float* const out = p.xa + work.split * p.xa_plane;
   // Where row r of A goes in a row of the intermediate; -1: nowhere.

@@ -58,11 +58,12 @@ struct MoeShrinkWork {
 
 // Few pairs: kBlocks blocks of 8. Neighbouring warps take neighbouring 64-byte pieces of the same
 // rows, so that DRAM sees runs, and copy them, some steps ahead, to where the same lane reads them:
-// no barrier stands between a copy and its use, and loads in flight take no registers.
+// no barrier stands between a copy and its use, and loads in flight take no registers. `scale`, of
+// pair threadIdx.x, may still be on its way.
 template <typename T, int kRowBlocks, int kBlocks, int kBufferBytes, bool kVector>
 __device__ __forceinline__ void shrink_few(const MoeShrinkParams& p, const MoeShrinkWork& work,
-                                           const T* a, int64_t a_stride, MoeShrinkShared& shared,
-                                           unsigned char* buffer) {
+                                           const T* a, int64_t a_stride, float scale,
+                                           MoeShrinkShared& shared, unsigned char* buffer) {
   using Traits = MoeShrinkTraits<kRowBlocks, false>;
   constexpr int kWeights = 2 * kRowBlocks, kChunks = kWeights + kBlocks;  // of a lane in a step
   constexpr int kSlotBytes = kMoeThreads * 16, kStageBytes = kChunks * kSlotBytes;
@@ -118,6 +119,9 @@ __device__ __forceinline__ void shrink_few(const MoeShrinkParams& p, const MoeSh
       copy_tokens(step, own + step * kStageBytes);
     }
     device::copy_async_commit();
+  }
+  if (thread < kMoeTilePairs) {
+    shared.scales[thread] = scale;
   }
   float acc[kRowBlocks][kBlocks][4] = {};
   int fill_at = (kStages - 1) * kStageBytes, use_at = 0;

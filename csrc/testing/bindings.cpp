@@ -195,6 +195,8 @@ void bind_moe(py::module_& m) {
   m.def("max_moe_tiles", &max_moe_tiles, "num_pairs"_a, "num_groups"_a);
   m.def("moe_grid_tiles", &moe_grid_tiles, "num_pairs"_a, "num_groups"_a, "blocks"_a, "sm_count"_a,
         "most_per_sm"_a = 32);
+  m.def("moe_expand_shares_splits", &moe_expand_shares_splits, py::kw_only(), "splits"_a,
+        "max_rank"_a);
   m.def("moe_expand_units", &moe_expand_units, py::kw_only(), "num_pairs"_a, "num_groups"_a,
         "columns"_a, "max_rank"_a, "sm_count"_a);
   py::class_<MoeShrinkConfig>(m, "MoeShrinkConfig")
