@@ -3,9 +3,9 @@
 //
 // In the gather alone a warp serves one token. With A stored vocabulary-major ([L, V, R] seen as
 // [L, R, V]) its lanes read one contiguous run; with the engines' [L, R, V] each rank costs a
-// sector of its own, which no order of threads can mend. An apply of more than a few tokens would
-// read them again for every few columns of y: it gathers them first, as they are, and goes on with
-// what has become one piece.
+// sector of its own, which no order of threads can mend. An apply of more than 64 tokens would read
+// them again for every few columns of y too often: it gathers them first, as they are, and goes on
+// with what has become one piece.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>

@@ -280,8 +280,8 @@ inline int64_t decode_stream_ctas(int64_t num_tokens, int64_t num_slots, int64_t
 inline bool embedding_is_few(int64_t num_tokens) { return num_tokens <= 8; }
 
 // Those up to which a warp finds the tokens of a slot by itself, among 32 at a time, instead of
-// waiting for the plan's tiles (32 tokens, rank 16: 2.8 -> 1.9 us; 128: 3.4 -> 3.5, since B is read
-// again for every 32).
+// waiting for the plan's tiles (32 tokens, rank 16: 2.8 -> 1.9 us; 96, rank 64: 4.1 -> 6.2, since B
+// is read again for every 32).
 inline bool embedding_is_by_slots(int64_t num_tokens) { return num_tokens <= 64; }
 
 // Whether an embedding's tiles are full enough for products of 64 tokens at a time, and ranks high
