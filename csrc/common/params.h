@@ -154,6 +154,7 @@ struct ApplyParams {
   Slices slices;
   int32_t max_rank;
   bool batch_invariant;  // a row's bits must not depend on what else is in the batch
+  bool beside;  // all but y is final; the first kernel may start before the one that writes y ends
   void* workspace;  // fp32 (fp64) elements, as many as the kernel's workspace function asks for
   void* stream;
 };

@@ -30,16 +30,17 @@ cudaError_t launch_shrink(const ApplyParams& p, const ApplyConfig& config) {
   const bool all_vector =
       d.vector_x && p.a.slot_offsets == nullptr && is_multiple(p.a, p.slices.count, 8, 16);
   LaunchShape shape{};
-  shape.grid =
-      dim3(static_cast<unsigned>(config.row_groups * config.split_rules.all_parts(num_tiles(p))));
+  shape.grid = dim3(static_cast<unsigned>(
+      config.row_groups * config.split_rules.all_parts(num_tiles(p)) + (p.beside ? 1 : 0)));
   shape.threads = kShrinkThreads;
   shape.shared_bytes = Traits::kSharedBytes;
   shape.cluster = 1;
-  shape.dependent = true;
+  shape.dependent = !p.beside;  // the capture knows already on what it depends, and how
   shape.shared_percent = config.shared_percent;
-  return launch_kernel(
-      all_vector ? decode_shrink_kernel<T, kBlocks, false> : decode_shrink_kernel<T, kBlocks, true>,
-      shape, p.stream, d);
+  return launch_kernel(p.beside     ? decode_shrink_kernel<T, kBlocks, false, true>
+                       : all_vector ? decode_shrink_kernel<T, kBlocks, false>
+                                    : decode_shrink_kernel<T, kBlocks, true>,
+                       shape, p.stream, d);
 }
 
 template <typename T, typename Y, int kChunk>
@@ -68,13 +69,16 @@ cudaError_t launch_expand(const ApplyParams& p, const ApplyConfig& config, bool 
   if (all_vector && stream_ctas > 0) {
     shape.grid = dim3(static_cast<unsigned>(stream_ctas));
     shape.shared_bytes = stream_bytes;
-    return launch_kernel(decode_expand_stream_kernel<T, Y, kChunk>, shape, p.stream, d);
+    return launch_kernel(p.beside ? decode_expand_stream_kernel<T, Y, kChunk, true>
+                                  : decode_expand_stream_kernel<T, Y, kChunk>,
+                         shape, p.stream, d);
   }
   shape.grid = dim3(static_cast<unsigned>(num_tiles(p) * d.blocks_per_tile));
   shape.shared_bytes = DecodeExpandTraits<Y, kChunk>::shared_bytes(p.max_rank);
   shape.shared_percent = config.shared_percent;
-  return launch_kernel(all_vector ? decode_expand_kernel<T, Y, kChunk, false>
-                                  : decode_expand_kernel<T, Y, kChunk, true>,
+  return launch_kernel(p.beside     ? decode_expand_kernel<T, Y, kChunk, false, true>
+                       : all_vector ? decode_expand_kernel<T, Y, kChunk, false>
+                                    : decode_expand_kernel<T, Y, kChunk, true>,
                        shape, p.stream, d);
 }
 
@@ -130,12 +134,20 @@ int apply_expand(const ApplyParams& p, bool after_shrink) {
   return expand(up);
 }
 
+bool apply_runs_beside(const ApplyParams& p) {
+  const ApplyShape shape = apply_shape_of(p);
+  return apply_config(shape).decode && !decode_is_wide(shape) && has_vectors(p);
+}
+
 int apply(const ApplyParams& p) {
   const ApplyShape shape = apply_shape_of(p);
   if (decode_is_wide(shape) && decode_wide_takes(p)) {
     return decode_wide(p, wide_split(shape));
   }
-  if (const ApplyConfig config = apply_config(shape); config.decode) {
+  if (ApplyConfig config = apply_config(shape); config.decode) {
+    if (p.beside) {
+      config.shared_percent = kBesideSharedPercent;
+    }
     const int error = decode_shrink(p, config);
     return error != 0 ? error : decode_expand(p, config, true);
   }

@@ -22,6 +22,18 @@ inline ApplyShape apply_shape_of(const ApplyParams& p) {
 
 inline ApplyConfig apply_config_of(const ApplyParams& p) { return apply_config(apply_shape_of(p)); }
 
+// Whether all rows allow accesses of 16 bytes.
+inline bool has_vectors(const ApplyParams& p) {
+  bool vector = is_multiple(p.x, p.x_stride, 8, 16) && p.in_features % 8 == 0 &&
+                is_multiple(p.y, p.y_stride, 8, 16) && p.a.slot_offsets == nullptr &&
+                p.b.slot_offsets == nullptr && is_multiple(p.a, p.slices.count, 8, 16) &&
+                is_multiple(p.b, p.slices.count, 8, 16);
+  for (int i = 0; i < p.slices.count; ++i) {
+    vector &= p.slices.offset[i + 1] % 8 == 0;
+  }
+  return vector;
+}
+
 inline int64_t num_tiles(const ApplyParams& p) {
   return max_tiles(p.num_tokens, p.plan.num_slots, kTileTokens);
 }

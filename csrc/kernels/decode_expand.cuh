@@ -240,7 +240,8 @@ __device__ __forceinline__ void multiply_step(float (&acc)[4][2][4], const T* st
   }
 }
 
-template <typename T, typename Y, int kChunk, bool kVector>
+// kFollows: y comes with the partial products, not before.
+template <typename T, typename Y, int kChunk, bool kVector, bool kFollows>
 __device__ __forceinline__ void decode_expand_body(const DecodeExpandParams& p, const DecodeTile& t,
                                                    int tile, int slice, int block, int num_tiles,
                                                    const T* b, int64_t b_stride,
@@ -290,26 +291,40 @@ __device__ __forceinline__ void decode_expand_body(const DecodeExpandParams& p, 
   stage_b(0);
   // Output o of a lane: token 8 * (o / 2) + 2 q + o % 2 of the tile, eight columns.
   Y* outputs[4];
+  const auto stage_y = [&](int o) {
+    if (outputs[o] != nullptr) {
+#pragma unroll
+      for (int i = 0; i < 8; i += 16 / static_cast<int>(sizeof(Y))) {
+        device::copy_async_16(staged_y + o * kExpandThreads * 8 + i, outputs[o] + i, 16);
+      }
+    }
+  };
 #pragma unroll
   for (int o = 0; o < 4; ++o) {
     const int id = __shfl_sync(0xffffffffu, t.token, 8 * (o / 2) + 2 * q + o % 2);
     outputs[o] = id >= 0 && column < width ? static_cast<Y*>(p.y) + id * p.y_stride +
                                                  p.slices[slice].first_column + column
                                            : nullptr;
-    if (kVector && outputs[o] != nullptr) {
-#pragma unroll
-      for (int i = 0; i < 8; i += 16 / static_cast<int>(sizeof(Y))) {
-        device::copy_async_16(staged_y + o * kExpandThreads * 8 + i, outputs[o] + i, 16);
-      }
+    if (kVector && !kFollows) {
+      stage_y(o);
     }
   }
   device::copy_async_commit();
   if (kStages > 1 && kSpan < rank) {
     stage_b(kSpan);
   }
-  device::copy_async_commit();
+  if (!kFollows) {
+    device::copy_async_commit();
+  }
   PartialProducts xa(p.batch, t, tile, slice, num_tiles);
   xa.wait();
+  if constexpr (kVector && kFollows) {
+#pragma unroll
+    for (int o = 0; o < 4; ++o) {
+      stage_y(o);
+    }
+    device::copy_async_commit();
+  }
   split_xa<T, kSpan>(xa, t, token_max, xa_high, xa_low, xa_stride);
 
   float acc[4][2][4] = {};
@@ -321,6 +336,9 @@ __device__ __forceinline__ void decode_expand_body(const DecodeExpandParams& p, 
       stage_b(j + kStages * kSpan);
     }
     device::copy_async_commit();
+  }
+  if (kFollows) {
+    device::copy_async_wait<1>();  // y, which came behind the first step of B
   }
 #pragma unroll
   for (int o = 0; o < 4; ++o) {
@@ -361,7 +379,7 @@ __device__ __forceinline__ void prefetch_b(const DecodeExpandParams& p, const De
   }
 }
 
-template <typename T, typename Y, int kChunk, bool kGeneral>
+template <typename T, typename Y, int kChunk, bool kGeneral, bool kFollows>
 __device__ __forceinline__ void decode_expand(const DecodeExpandParams& p, const DecodeTile& t,
                                               int tile, int slice, int block, int num_tiles,
                                               unsigned char* shared) {
@@ -372,15 +390,15 @@ __device__ __forceinline__ void decode_expand(const DecodeExpandParams& p, const
                (flat ? p.b_offsets[t.slot] : t.slot * from.slot_stride) + from.first_row * b_stride;
   // kGeneral: a tile finds out for itself whether its rows allow vector accesses.
   if (!kGeneral || (p.vector_y && device::is_aligned(b, 2 * kChunk) && b_stride % kChunk == 0)) {
-    decode_expand_body<T, Y, kChunk, true>(p, t, tile, slice, block, num_tiles, b, b_stride,
-                                           shared);
+    decode_expand_body<T, Y, kChunk, true, kFollows>(p, t, tile, slice, block, num_tiles, b,
+                                                     b_stride, shared);
   } else {
-    decode_expand_body<T, Y, kChunk, false>(p, t, tile, slice, block, num_tiles, b, b_stride,
-                                            shared);
+    decode_expand_body<T, Y, kChunk, false, kFollows>(p, t, tile, slice, block, num_tiles, b,
+                                                      b_stride, shared);
   }
 }
 
-template <typename T, typename Y, int kChunk, bool kGeneral>
+template <typename T, typename Y, int kChunk, bool kGeneral, bool kFollows = false>
 __global__ void __launch_bounds__(kExpandThreads, kChunk == 4 ? 5 : 4)
     decode_expand_kernel(const __grid_constant__ DecodeExpandParams p) {
   extern __shared__ __align__(128) unsigned char shared[];
@@ -402,9 +420,12 @@ __global__ void __launch_bounds__(kExpandThreads, kChunk == 4 ? 5 : 4)
     t = read_tile<true>(p.batch, tile, t.slot, t.start);
   }
   if (t.slot < 0 || t.rank <= 0) {
+    if (kFollows && blockIdx.x == 0) {  // what comes next waits for this kernel, and for it alone
+      device::grid_dependency_wait();
+    }
     return;
   }
-  decode_expand<T, Y, kChunk, kGeneral>(p, t, tile, slice, block, num_tiles, shared);
+  decode_expand<T, Y, kChunk, kGeneral, kFollows>(p, t, tile, slice, block, num_tiles, shared);
 }
 
 }  // namespace lora_ext::cuda

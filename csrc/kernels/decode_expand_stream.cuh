@@ -85,11 +85,11 @@ struct WeightRows {
 };
 
 // Blocks first to last of a slice, for a tile.
-template <typename T, typename Y, int kChunk>
+template <typename T, typename Y, int kChunk, bool kFollows>
 __device__ __forceinline__ void decode_expand_blocks(const DecodeExpandParams& p,
                                                      const DecodeTile& t, int tile, int slice,
                                                      int first, int last, int num_tiles,
-                                                     unsigned char* shared) {
+                                                     bool& y_there, unsigned char* shared) {
   using Traits = DecodeStreamTraits<Y, kChunk>;
   constexpr int kSpan = Traits::kSpan, kStages = Traits::kStages;
   constexpr bool kByRows = kChunk == 4;
@@ -119,15 +119,26 @@ __device__ __forceinline__ void decode_expand_blocks(const DecodeExpandParams& p
   // A stage takes a step of a block's weights, and with the last step y. Each lane, or warp, copies
   // to where it reads itself, so no barrier stands between the copies and their use.
   int fetched = first, fetched_rank = 0, fetch_stage = 0;
+  const auto fetch_y = [&](unsigned char* stage, int column) {
+    Y* to = reinterpret_cast<Y*>(stage + Traits::Expand::kStageBytes) + thread * 8;
+#pragma unroll
+    for (int o = 0; o < 4; ++o) {
+      if (lane_column + column < from.width && rows[o] != nullptr) {
+#pragma unroll
+        for (int i = 0; i < 8; i += 16 / static_cast<int>(sizeof(Y))) {
+          device::copy_async_16(to + o * kExpandThreads * 8 + i, rows[o] + column + i, 16);
+        }
+      }
+    }
+  };
   const auto fetch = [&] {
     if (fetched < last) {
       unsigned char* stage = stages + fetch_stage * Traits::kStageBytes;
       const int column = fetched * kExpandColumns;
-      const bool exists = lane_column + column < from.width;  // columns come in whole eights
       if constexpr (kByRows) {
         WeightRows::copy(stage + warp * WeightRows::kBytes, b + column * from.row_stride,
                          from.row_stride, from.width - column - warp * kUnitColumns, rank);
-      } else if (exists) {
+      } else if (lane_column + column < from.width) {  // columns come in whole eights
         T* to = reinterpret_cast<T*>(stage) + thread * kChunk;
         const T* row = b + column * from.row_stride + fetched_rank;
         const int valid = 2 * min(max(rank - fetched_rank - q * kChunk, 0), kChunk);
@@ -139,15 +150,8 @@ __device__ __forceinline__ void decode_expand_blocks(const DecodeExpandParams& p
       }
       fetched_rank += kSpan;
       if (fetched_rank >= rank) {
-        Y* y_to = reinterpret_cast<Y*>(stage + Traits::Expand::kStageBytes) + thread * 8;
-#pragma unroll
-        for (int o = 0; o < 4; ++o) {
-          if (exists && rows[o] != nullptr) {
-#pragma unroll
-            for (int i = 0; i < 8; i += 16 / static_cast<int>(sizeof(Y))) {
-              device::copy_async_16(y_to + o * kExpandThreads * 8 + i, rows[o] + column + i, 16);
-            }
-          }
+        if (y_there) {
+          fetch_y(stage, column);
         }
         fetched_rank = 0, ++fetched;
       }
@@ -162,6 +166,14 @@ __device__ __forceinline__ void decode_expand_blocks(const DecodeExpandParams& p
 
   PartialProducts xa(p.batch, t, tile, slice, num_tiles);
   xa.wait();
+  if (kFollows && !y_there) {
+    static_assert(kStages == 2);  // one was fetched, without y
+    if (rank <= kSpan) {          // else y comes with a step that is yet to be fetched
+      fetch_y(stages, first * kExpandColumns);
+      device::copy_async_commit();
+    }
+    y_there = true;
+  }
   __syncthreads();  // all warps are done with xa of the blocks before
   split_xa<T, kSpan>(xa, t, token_max, xa_high, xa_low, xa_stride);
 
@@ -206,7 +218,7 @@ __device__ __forceinline__ void decode_expand_blocks(const DecodeExpandParams& p
 }
 
 // For B and y whose rows allow vector accesses.
-template <typename T, typename Y, int kChunk>
+template <typename T, typename Y, int kChunk, bool kFollows = false>
 __global__ void __launch_bounds__(kExpandThreads, kDecodeStreamCtas<kChunk>)
     decode_expand_stream_kernel(const __grid_constant__ DecodeExpandParams p) {
   extern __shared__ __align__(128) unsigned char shared[];
@@ -217,6 +229,7 @@ __global__ void __launch_bounds__(kExpandThreads, kDecodeStreamCtas<kChunk>)
   // Looked at beside the number of tiles: where there is a CTA for each item, it is the one.
   const int num_tiles = read_num_tiles(p.batch);
   int known = blockIdx.x / p.blocks_per_tile;
+  bool y_there = !kFollows;
   DecodeTile t = read_tile<true>(p.batch, known, 0, 0);
   const unsigned items = min(num_tiles, p.batch.tile_capacity) * p.blocks_per_tile,
                  parts = gridDim.x;
@@ -235,10 +248,13 @@ __global__ void __launch_bounds__(kExpandThreads, kDecodeStreamCtas<kChunk>)
       t = read_tile<true>(p.batch, tile, 0, 0);
     }
     if (t.slot >= 0 && t.rank > 0) {
-      decode_expand_blocks<T, Y, kChunk>(p, t, tile, slice, at - slice_begin, last - slice_begin,
-                                         num_tiles, shared);
+      decode_expand_blocks<T, Y, kChunk, kFollows>(p, t, tile, slice, at - slice_begin,
+                                                   last - slice_begin, num_tiles, y_there, shared);
     }
     at = last;
+  }
+  if (kFollows && blockIdx.x == 0) {  // as in decode_expand.cuh
+    device::grid_dependency_wait();
   }
 }
 

@@ -339,8 +339,8 @@ __device__ __forceinline__ void decode_shrink_body(const DecodeShrinkParams& p, 
 
 // kGeneral: a tile finds out for itself whether its rows allow vector accesses, as it must where
 // only the device knows the offsets and ranks (flat layouts); else the launcher has made sure that
-// they do.
-template <typename T, int kBlocks, bool kGeneral>
+// they do. kBeside: nothing is yet to come, but the kernel before may be at work (beside.h).
+template <typename T, int kBlocks, bool kGeneral, bool kBeside = false>
 __global__ void __launch_bounds__(kShrinkThreads, 2)
     decode_shrink_kernel(const __grid_constant__ DecodeShrinkParams p) {
   extern __shared__ __align__(128) float sums[];
@@ -349,15 +349,22 @@ __global__ void __launch_bounds__(kShrinkThreads, 2)
   // which go to different SMs.
   const int row_groups = p.batch.row_groups;
   const int part = blockIdx.x / row_groups, group = blockIdx.x % row_groups;
+  if (kBeside && blockIdx.x == gridDim.x - 1) {  // one CTA more, which ends when that kernel has
+    device::grid_dependency_launch();
+    device::grid_dependency_wait();
+    return;
+  }
   ShrinkWork work = find_work(p.batch, part);
   ShrinkPiece piece(p.batch, work, part, group);
-  const bool likely = !kGeneral && piece.rows > 0;
+  const bool likely = !kGeneral && !kBeside && piece.rows > 0;
   if (likely) {
     prefetch_piece<T>(p, work.tile, piece);
   }
   const bool final = !Traits::kSpeculates || !likely;
   if (final) {
-    device::grid_dependency_wait();
+    if (!kBeside) {
+      device::grid_dependency_wait();
+    }
     device::grid_dependency_launch();
     work = read_work(p.batch, part, work);
     piece = ShrinkPiece(p.batch, work, part, group);

@@ -1,4 +1,5 @@
 // Launches the decode apply of wide tiles (decode_wide.cuh).
+#include "kernels/decode_batch.cuh"
 #include "kernels/decode_wide.h"
 #include "kernels/decode_wide_expand.cuh"
 #include "kernels/launch.cuh"
@@ -63,14 +64,7 @@ cudaError_t launch_expand(const ApplyParams& p, const WideWork& work) {
 }  // namespace
 
 bool decode_wide_takes(const ApplyParams& p) {
-  bool vector = is_multiple(p.x, p.x_stride, 8, 16) && p.in_features % 8 == 0 &&
-                is_multiple(p.y, p.y_stride, 8, 16) && p.a.slot_offsets == nullptr &&
-                p.b.slot_offsets == nullptr && is_multiple(p.a, p.slices.count, 8, 16) &&
-                is_multiple(p.b, p.slices.count, 8, 16);
-  for (int i = 0; i < p.slices.count; ++i) {
-    vector &= p.slices.offset[i + 1] % 8 == 0;
-  }
-  return vector && p.max_rank <= kWideMostRank && has_wgmma();
+  return has_vectors(p) && p.max_rank <= kWideMostRank && has_wgmma();
 }
 
 int64_t decode_wide_workspace(const ApplyParams& p, const WideSplit& split) {

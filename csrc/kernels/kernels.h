@@ -15,6 +15,8 @@ int plan_batch_from_host(const PlanParams& params);
 int shrink(const ShrinkParams& params);
 int expand(const ExpandParams& params);
 int apply(const ApplyParams& params);
+// Whether its kernels can do with params.beside.
+bool apply_runs_beside(const ApplyParams& params);
 // Its halves, through the workspace. after_shrink: nothing is between them in the stream, so that
 // only the workspace is yet to come when the second begins.
 int apply_shrink(const ApplyParams& params);

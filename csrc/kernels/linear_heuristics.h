@@ -62,6 +62,12 @@ inline int shrink_beside_product_percent(const ApplyShape& s, int alone) {
   return s.num_tokens > kLinearMaxTokens && bytes <= kFewBytes ? 100 : alone;
 }
 
+// The same of both kernels of an apply that begins beside a base layer's product: room for two CTAs
+// of each, and what is left for loads on their way, as all of it begins at once when the product's
+// CTAs leave (128 tokens of 32 adapters of rank 16: 184 us a layer with what CUDA chooses, 186 with
+// all, 183 with none, 179).
+constexpr int kBesideSharedPercent = 30;
+
 // The same for a few dozen tokens on sm_90a (linear_wgmma.cu). More tokens, or ranks, are faster as
 // cuBLAS and two kernels behind it: 48 tokens of one adapter of rank 16 take 151 us a layer for
 // 149, 32 tokens of 32 adapters of rank 64 251 for 237. With 32 tokens it takes 128 for 147 (one

@@ -71,17 +71,24 @@ ApplyParams apply_params(const char* y_name, const Tensor& y, const Tensor& x,
   return params;
 }
 
+int64_t workspace_elements(const ApplyParams& params, const Tensor& x) {
+  if (!has_work(params)) {
+    return 0;
+  }
+#ifdef LORA_EXT_CUDA
+  if (x.is_cuda()) {
+    return cuda::apply_workspace(params);
+  }
+#endif
+  (void)x;
+  return cpu::apply_workspace(params);
+}
+
 void run_apply(const char* op, ApplyParams& params, const Tensor& x) {
   if (!has_work(params)) {
     return;
   }
-  int64_t elements = cpu::apply_workspace(params);
-#ifdef LORA_EXT_CUDA
-  if (x.is_cuda()) {
-    elements = cuda::apply_workspace(params);
-  }
-#endif
-  const Tensor workspace = empty_accumulator(x, params.dtype, {elements});
+  const Tensor workspace = empty_accumulator(x, params.dtype, {workspace_elements(params, x)});
   params.workspace = workspace.mutable_data_ptr();
   launch(op, x, params, LORA_EXT_KERNEL(apply));
 }

@@ -34,6 +34,9 @@ inline bool has_work(const ApplyParams& params) {
   return params.num_tokens > 0 && output_width(params.slices) > 0;
 }
 
+// fp32 (fp64) elements.
+int64_t workspace_elements(const ApplyParams& params, const Tensor& x);
+
 // Allocates the workspace and launches.
 void run_apply(const char* op, ApplyParams& params, const Tensor& x);
 

@@ -6,6 +6,7 @@
 #include <array>
 
 #include "kernels/apply_halves.h"
+#include "kernels/beside.h"
 #include "kernels/side_stream.h"
 #include "ops/apply.h"
 #include "ops/dispatch.h"
@@ -72,19 +73,6 @@ constexpr int (*kFork)(const ApplyParams&) = nullptr, (*kJoin)(const ApplyParams
 // On the CPU one half comes behind the other, as in an apply.
 void shrink_on_cpu(const ApplyParams& params) { cpu::shrink_adapters(shrink_of(params)); }
 void expand_on_cpu(const ApplyParams& params) { cpu::expand(expand_of(params)); }
-
-int64_t workspace_elements(const ApplyParams& params, const Tensor& x) {
-  if (!has_work(params)) {
-    return 0;
-  }
-#ifdef LORA_EXT_CUDA
-  if (x.is_cuda()) {
-    return cuda::apply_workspace(params);
-  }
-#endif
-  (void)x;
-  return cpu::apply_workspace(params);
-}
 
 // The workspace is memory of the current stream, which uses it for other things only after it has
 // joined.
@@ -159,6 +147,23 @@ Tensor overlapped(ApplyParams& params, const Tensor& x, const Tensor& rows, cons
 }
 
 #ifdef LORA_EXT_CUDA
+// The adapters behind the base layer; in a CUDA graph their shrink beside its end. The workspace is
+// there before the base layer, whose temporary memory the product may still be using when the
+// shrink begins.
+Tensor behind(ApplyParams& params, const Tensor& x, const Tensor& rows, const Tensor& weight,
+              const OptionalTensor& bias) {
+  const Tensor workspace =
+      empty_accumulator(rows, params.dtype, {workspace_elements(params, rows)});
+  params.workspace = workspace.mutable_data_ptr();
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  void* const stream = current_stream(x.get_device_index());
+  void* const before = cuda::last_captured(stream);
+  Tensor y = base_layer(params, x, rows, weight, bias);
+  params.beside = cuda::apply_runs_beside(params) && cuda::start_beside_last(stream, before);
+  launch("lora_linear", rows, params, nullptr, cuda::apply);
+  return y;
+}
+
 // Base layer and adapters in one stream of the weights; nothing where that is not to be had.
 std::optional<Tensor> streamed(const ApplyParams& params, const Tensor& x, const Tensor& weight,
                                const OptionalTensor& bias) {
@@ -208,9 +213,8 @@ Tensor lora_linear(const Tensor x, const Tensor weight, const OptionalTensor bia
   check_base(params, rows, weight, bias);
 #ifdef LORA_EXT_CUDA
   if (x.is_cuda() && has_work(params) && !overlap) {
-    if (const std::optional<Tensor> y = streamed(params, x, weight, bias)) {
-      return *y;
-    }
+    const std::optional<Tensor> y = streamed(params, x, weight, bias);
+    return y.has_value() ? *y : behind(params, x, rows, weight, bias);
   }
 #endif
   if (has_work(params) && overlap) {

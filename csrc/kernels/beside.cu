@@ -1,0 +1,88 @@
+#include "kernels/beside.h"
+#include "kernels/launch.cuh"
+
+namespace lora_ext::cuda {
+namespace {
+
+constexpr size_t kMostEdges = 8;
+
+// CUDA 13 gave the functions that know of edges the names of those that did not.
+#if CUDART_VERSION >= 13000
+constexpr auto kGetDependencies =
+    static_cast<cudaError_t (*)(cudaGraphNode_t, cudaGraphNode_t*, cudaGraphEdgeData*, size_t*)>(
+        cudaGraphNodeGetDependencies);
+#else
+constexpr auto kGetDependencies = cudaGraphNodeGetDependencies_v2;
+#endif
+
+cudaError_t get_capture(cudaStream_t stream, cudaStreamCaptureStatus* status,
+                        const cudaGraphNode_t** nodes, size_t* count) {
+  const cudaGraphEdgeData* edges = nullptr;
+#if CUDART_VERSION >= 13000
+  return cudaStreamGetCaptureInfo(stream, status, nullptr, nullptr, nodes, &edges, count);
+#else
+  return cudaStreamGetCaptureInfo_v3(stream, status, nullptr, nullptr, nodes, &edges, count);
+#endif
+}
+
+cudaError_t set_dependency(cudaStream_t stream, cudaGraphNode_t node,
+                           const cudaGraphEdgeData& edge) {
+#if CUDART_VERSION >= 13000
+  return cudaStreamUpdateCaptureDependencies(stream, &node, &edge, 1,
+                                             cudaStreamSetCaptureDependencies);
+#else
+  return cudaStreamUpdateCaptureDependencies_v2(stream, &node, &edge, 1,
+                                                cudaStreamSetCaptureDependencies);
+#endif
+}
+
+// An older driver knows none of this; that must not fail the next launch.
+bool succeeds(cudaError_t error) {
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+  }
+  return error == cudaSuccess;
+}
+
+// Whether the node is a kernel that starts behind the end of all that it depends on.
+bool is_whole_kernel(cudaGraphNode_t node) {
+  cudaGraphNodeType type{};
+  cudaGraphNode_t nodes[kMostEdges];
+  cudaGraphEdgeData edges[kMostEdges];
+  size_t count = 0;
+  if (!succeeds(cudaGraphNodeGetType(node, &type)) || type != cudaGraphNodeTypeKernel ||
+      !succeeds(kGetDependencies(node, nullptr, nullptr, &count)) || count > kMostEdges ||
+      !succeeds(kGetDependencies(node, nodes, edges, &count))) {
+    return false;
+  }
+  bool whole = true;
+  for (size_t i = 0; i < count; ++i) {
+    whole &= edges[i].type == cudaGraphDependencyTypeDefault;
+  }
+  return whole;
+}
+
+}  // namespace
+
+void* last_captured(void* stream) {
+  cudaStreamCaptureStatus status{};
+  const cudaGraphNode_t* nodes = nullptr;
+  size_t count = 0;
+  const bool known =
+      succeeds(get_capture(static_cast<cudaStream_t>(stream), &status, &nodes, &count));
+  return known && status == cudaStreamCaptureStatusActive && count == 1 ? nodes[0] : nullptr;
+}
+
+bool start_beside_last(void* stream, void* before) {
+  const auto last = static_cast<cudaGraphNode_t>(last_captured(stream));
+  if (last == nullptr || last == before || !device_properties().clusters ||
+      !is_whole_kernel(last)) {
+    return false;
+  }
+  cudaGraphEdgeData edge{};
+  edge.from_port = cudaGraphKernelNodePortLaunchCompletion;
+  edge.type = cudaGraphDependencyTypeProgrammatic;
+  return succeeds(set_dependency(static_cast<cudaStream_t>(stream), last, edge));
+}
+
+}  // namespace lora_ext::cuda
