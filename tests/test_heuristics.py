@@ -213,7 +213,8 @@ def test_the_shrink_by_wgmma_takes_what_the_chip_has(**shape: int) -> None:
     assert config.rows in (16, 32, 48, 64, 96, 128, 192)
     assert config.rows < shape["rows"] + 64  # no block is mostly padding
     assert 1 <= config.cluster <= 8 or config.cluster == 16
-    assert config.cluster == 1 or shape["in_features"] >= 512 * config.cluster
+    least = 320 if config.cluster <= 8 else 512
+    assert config.cluster == 1 or shape["in_features"] >= least * config.cluster
     del shape["in_features"], shape["rows"]
     clusters = testing.shrink_clusters(**shape)
     tiles = -(-shape["num_tokens"] // testing.WIDE_TILE_TOKENS)
@@ -248,6 +249,28 @@ def test_the_shrink_by_wgmma_reads_x_once_where_clusters_of_16_have_room() -> No
     config = testing.shrink_wgmma_config(num_tokens=304, **shape)
     assert (config.rows, config.cluster, config.kilobytes) == (128, 16, 144)
     assert testing.shrink_wgmma_config(num_tokens=512, **shape).cluster == 8
+
+
+def test_a_short_k_is_cut_finer_where_ctas_have_a_multiprocessor_each() -> None:
+    shape = {"num_slots": 16, "in_features": 2880, "sm_count": 132}
+    clusters = {
+        (num_tokens, rows): testing.shrink_wgmma_config(
+            num_tokens=num_tokens, rows=rows, **shape
+        ).cluster
+        for num_tokens, rows in ((304, 48), (1000, 48), (304, 384), (1100, 48))
+    }
+    assert clusters == {(304, 48): 8, (1000, 48): 8, (304, 384): 5, (1100, 48): 5}
+
+
+@given(num_tiles=st.integers(0, 10_000), cluster=st.integers(1, 16), places=st.integers(1, 1000))
+def test_clusters_are_halved_until_every_tile_has_a_place(
+    num_tiles: int, cluster: int, places: int
+) -> None:
+    halvings = testing.cluster_halvings(num_tiles=num_tiles, cluster=cluster, places=places)
+    groups = 2**halvings
+    assert cluster % groups == 0
+    assert num_tiles * (cluster // groups) <= places or cluster // groups % 2 == 1
+    assert halvings == 0 or num_tiles * (2 * cluster // groups) > places
 
 
 @given(

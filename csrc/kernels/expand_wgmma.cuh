@@ -63,10 +63,10 @@ struct TokenOperand {
     const int q = threadIdx.x % 4;
     float4 sums[2][kSteps];  // ranks 2 q, 2 q + 1, 2 q + 8, 2 q + 9 of a step
     if (p.layout.by_tile) {
-      // All loads of a part at once, for each costs a trip to the L2.
+      // All loads of a part at once, for each costs a trip to the L2; by way of L1, since CTAs of
+      // the same tile may share a multiprocessor.
       const auto part_of = [&](int part, int n, int kk) {
-        return __ldcg(
-            reinterpret_cast<const float4*>(rows[n] + part * part_stride + 16 * kk + 4 * q));
+        return *reinterpret_cast<const float4*>(rows[n] + part * part_stride + 16 * kk + 4 * q);
       };
 #pragma unroll
       for (int n = 0; n < 2; ++n) {

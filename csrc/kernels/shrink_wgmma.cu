@@ -67,8 +67,9 @@ cudaError_t launch_wgmma(const ShrinkParams& p, const ShrinkShape& shape, int cl
   launch.cluster = cluster;
   launch.dependent = !p.fill;
   work.cluster = cluster;
+  work.places = static_cast<int>(
+      resident_blocks(shape.sm_count, WgmmaTraits<kRows, kKilobytes>::kBlocks, cluster));
   work.num_clusters = static_cast<int>(clusters);
-  work.inverse = static_cast<unsigned>((1ull << 32) / cluster + ((1ull << 32) % cluster != 0));
   return launch_kernel(shrink_wgmma_kernel<T, kRows, kKilobytes>, launch, p.stream, work, maps);
 }
 

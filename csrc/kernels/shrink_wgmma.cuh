@@ -31,9 +31,9 @@ struct ShrinkMaps {
 struct ShrinkWork {
   ShrinkParams p;
   int large_rows;    // of the larger boxes of A
-  int cluster;       // CTAs that split a tile's K
-  int num_clusters;  // of the grid
-  unsigned inverse;  // 2^32 / cluster, rounded up, of a cluster of more than one
+  int cluster;       // CTAs of each
+  int num_clusters;  // in the grid
+  int places;        // for CTAs of clusters at once
 };
 constexpr int kBoxK = kBoxColumns;
 constexpr int kBoxRowsX = kWideTileTokens, kBoxRowsA = 16;
@@ -91,6 +91,12 @@ struct ShrinkPiece {
   int rank, columns;   // of xa in use, from the CTA's first
   int first_k, steps;  // the CTA's share
   int64_t first_row;   // of the sums, where xa lies by tiles
+};
+
+// The CTAs of a cluster that serve one tile: all, or half of them, or a quarter and so on, where
+// tiles are more than whole clusters find places for.
+struct ShrinkGroup {
+  int size, index, member;
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -254,11 +260,12 @@ __device__ __forceinline__ void store_sums(const ShrinkParams& p, const ShrinkPi
 
 template <typename T, typename Traits>
 __device__ __forceinline__ void shrink_wgmma_piece(const ShrinkWork& work, const ShrinkMaps& maps,
-                                                   const ShrinkPiece& piece, int cluster,
-                                                   uint32_t& sums_turn, StageRing<Traits>& ring) {
+                                                   const ShrinkPiece& piece,
+                                                   const ShrinkGroup& group, uint32_t& sums_turn,
+                                                   StageRing<Traits>& ring) {
   constexpr int kRows = Traits::kRows;
   const ShrinkParams& p = work.p;
-  const int first_column = blockIdx.y * kRows, member = cluster > 1 ? device::cluster_rank() : 0;
+  const int first_column = blockIdx.y * kRows, cluster = group.size, member = group.member;
   const bool multiplies = threadIdx.x < kWarpgroup;
   float sums[kRows / 2];
   if (multiplies) {
@@ -291,7 +298,8 @@ __device__ __forceinline__ void shrink_wgmma_piece(const ShrinkWork& work, const
   // Alone it needs no other's sums, but the rows of a plain xa are put together the same way.
   // Without a cluster there is no pushing: st.async is for launches that have one.
   const bool alone = cluster == 1;
-  if (alone) {
+  const int first_peer = group.index * cluster;
+  if (work.cluster == 1) {
     __syncthreads();
   } else {
     device::cluster_arrive_relaxed();
@@ -310,8 +318,8 @@ __device__ __forceinline__ void shrink_wgmma_piece(const ShrinkWork& work, const
         const int owner = small_quotient(token, each);
         const int at = (member * each + token - owner * each) * Traits::kSumStride + 4 * q;
         unsigned char* own = ring.shared + 4 * at;
-        const uint32_t to = alone ? 0 : device::peer_address(own, owner);
-        const uint32_t counter = alone ? 0 : device::peer_address(ring.sums(), owner);
+        const uint32_t to = alone ? 0 : device::peer_address(own, first_peer + owner);
+        const uint32_t counter = alone ? 0 : device::peer_address(ring.sums(), first_peer + owner);
 #pragma unroll
         for (int m = 0; m < kRows / 16; ++m) {
           const float* sum = sums + 8 * m + 2 * h;
@@ -384,35 +392,46 @@ __global__ void __launch_bounds__(kWgmmaBound, WgmmaTraits<kRows, kKilobytes>::k
   uint32_t sums_turn = 0;
   int num_tiles = p.plan.header[kNumWideTiles];
   num_tiles = p.layout.by_tile ? min(num_tiles, p.layout.most_tiles) : num_tiles;
-  const int own_tile = device::cluster_id();
+  // Lanes look at the tile of a choice of groups each.
+  const int cluster = work.cluster, cluster_rank = cluster > 1 ? device::cluster_rank() : 0;
+  const int lane = threadIdx.x % 32, choice = min(lane, __ffs(cluster) - 1);
+  int own_tile = (device::cluster_id() << choice) + small_quotient(cluster_rank, cluster >> choice);
   const auto capacity = static_cast<int>(p.plan.max_tokens / kWideTileTokens + p.plan.num_slots);
   ShrinkPiece piece{};
   // A cluster's tile in the same trip. With parts, which of them a CTA has follows from their
   // number: each lane brings another.
   const bool in_parts = p.layout.parts > 0;
-  const int lane = threadIdx.x % 32;
   piece.tile = p.plan.wide_tiles[min(in_parts ? lane : own_tile, capacity - 1)];
-  // A cluster takes every so manyth tile; a part, all steps of the tiles in a row.
-  const int part = blockIdx.x, members = in_parts ? 1 : work.cluster;
-  int tile = own_tile, begin = 0, left = all_steps;
+  const int halvings =
+      cluster_halvings(num_tiles * static_cast<int>(gridDim.y), cluster, work.places);
+  ShrinkGroup group{cluster >> halvings};
+  group.index = small_quotient(cluster_rank, group.size);
+  group.member = cluster_rank - group.index * group.size;
+  // A group takes every so manyth tile; a part, all steps of the tiles in a row.
+  const int part = blockIdx.x;
+  int tile = __shfl_sync(0xffffffffu, own_tile, halvings), begin = 0, left = all_steps;
   if (in_parts) {
     const XaLayout::Cut cut = p.layout.cut(num_tiles);
     const int at = cut.begin(part);
     tile = at / all_steps, begin = at - tile * all_steps, left = cut.begin(part + 1) - at;
-    piece.tile = {__shfl_sync(0xffffffffu, piece.tile.slot, tile % 32),
-                  __shfl_sync(0xffffffffu, piece.tile.start, tile % 32),
-                  __shfl_sync(0xffffffffu, piece.tile.count, tile % 32), 0};
   }
+  const int tile_lane = in_parts ? tile % 32 : halvings;
+  piece.tile = {__shfl_sync(0xffffffffu, piece.tile.slot, tile_lane),
+                __shfl_sync(0xffffffffu, piece.tile.start, tile_lane),
+                __shfl_sync(0xffffffffu, piece.tile.count, tile_lane), 0};
   // One loop for both, whose body is there once: the code, too, comes from memory.
 #pragma unroll 1
-  for (bool first = true; tile < num_tiles && left > 0; first = false) {
+  for (bool first = true; tile - group.index < num_tiles && left > 0; first = false) {
     const int steps = min(left, all_steps - begin);
     if (!first && !in_parts) {
       device::fence_shared_for_products();
       __syncthreads();  // the sums' room becomes stages again
     }
     if (!first || (in_parts && tile >= 32)) {
-      piece.tile = p.plan.wide_tiles[tile];
+      piece.tile = p.plan.wide_tiles[min(tile, num_tiles - 1)];
+    }
+    if (tile >= num_tiles) {  // only other groups of the cluster have one
+      piece.tile = {};
     }
     piece.first_row = int64_t{in_parts ? p.layout.place(part, tile) : tile} * kWideTileTokens;
     // The rank and the tokens come in one trip.
@@ -422,19 +441,19 @@ __global__ void __launch_bounds__(kWgmmaBound, WgmmaTraits<kRows, kKilobytes>::k
         XaLayout::padded(piece.rank) * p.num_slices - static_cast<int>(blockIdx.y) * kRows, kRows);
     piece.steps = steps;
     piece.first_k = begin * kBoxK;
-    if (members > 1) {                     // the CTA's share
-      const auto from = [&](int member) {  // steps * member / members
-        return static_cast<int>(__umulhi(steps * member, work.inverse));
-      };
-      const int member = device::cluster_rank(), share = from(member);
-      piece.steps = from(member + 1) - share;
+    if (group.size > 1) {  // the CTA's share
+      const int share = small_quotient(steps * group.member, group.size);
+      piece.steps = small_quotient(steps * (group.member + 1), group.size) - share;
       piece.first_k = share * kBoxK;
     }
-    if (piece.rank > 0 && piece.columns > 0) {  // all members alike
-      shrink_wgmma_piece<T, Traits>(work, maps, piece, members, sums_turn, ring);
+    if (piece.rank > 0 && piece.columns > 0 && tile < num_tiles) {  // all members of a group alike
+      shrink_wgmma_piece<T, Traits>(work, maps, piece, group, sums_turn, ring);
+    } else if (halvings > 0 && (group.size > 1 || !p.layout.by_tile)) {
+      device::cluster_arrive_relaxed();  // other groups push their sums behind a barrier of all
+      device::cluster_wait();
     }
     left -= in_parts ? steps : 0;
-    tile += in_parts ? 1 : work.num_clusters;
+    tile += in_parts ? 1 : work.num_clusters << halvings;
     begin = 0;
   }
 #endif

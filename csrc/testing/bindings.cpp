@@ -140,6 +140,8 @@ void bind_shrink_wgmma(py::module_& m) {
         return shrink_wgmma_config({num_tokens, num_slots, in_features, rows, sm_count, true});
       },
       py::kw_only(), "num_tokens"_a, "num_slots"_a, "in_features"_a, "rows"_a, "sm_count"_a);
+  m.def("cluster_halvings", &cluster_halvings, py::kw_only(), "num_tiles"_a, "cluster"_a,
+        "places"_a);
   m.def("shrink_clusters", &shrink_clusters, py::kw_only(), "num_tokens"_a, "num_slots"_a,
         "sm_count"_a);
   py::class_<XaLayout>(m, "XaLayout")
