@@ -185,6 +185,11 @@ def test_wide_tiles_are_for_many_tokens_of_large_adapters() -> None:
         assert not testing.decode_is_wide(
             num_tokens=200, num_slots=8, **{**qkv, "max_rank": max_rank}
         )
+    # More tokens a slot where ranks are lower.
+    for max_rank, fewest in ((128, 48), (64, 160)):
+        shape = {"num_slots": 8, **qkv, "max_rank": max_rank}
+        assert testing.decode_is_wide(num_tokens=fewest, **shape)
+        assert not testing.decode_is_wide(num_tokens=fewest - 1, **shape)
 
 
 @given(

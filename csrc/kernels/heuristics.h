@@ -234,8 +234,9 @@ constexpr int kWideRows = 64;       // of A, that a CTA of the shrink takes
 // Where the decode kernels would read much from L2, a slot's weights for each 16 tokens, and slots
 // are few and may have many tokens: if all are in use 6, above rank 64, where x is read again for
 // each 32 rows (70b qkv, rank 128: T200 shared 35.0 -> 19.2 us, of eight slots 41.5 -> 33.5, but
-// zipf of 32 slots 87 -> 100; `down`, T50 shared 18.3 -> 11.9, of eight slots 29 -> 30.7), else 16
-// (qkv, rank 64: T256 shared 14.7 -> 11.0, but T100 of eight slots 17.9 -> 20.9).
+// zipf of 32 slots 87 -> 100; `down`, T50 shared 18.3 -> 11.9, of eight slots 29 -> 30.7), else 20
+// (qkv, rank 64: T256 shared 14.7 -> 11.0; gate_up, T128 of eight slots 22.6 -> 28.6, T160 of one
+// 20.9 -> 17.7, of eight 29.0 -> 30.1).
 inline bool decode_is_wide(const ApplyShape& s) {
   constexpr int64_t kMuch = 20 << 20;
   if (!s.half || s.batch_invariant || s.num_tokens > kDecodeMaxTokens || s.max_rank <= 32 ||
@@ -244,7 +245,7 @@ inline bool decode_is_wide(const ApplyShape& s) {
   }
   const int64_t weights = int64_t{2} * s.max_rank * (s.num_slices * s.in_features + s.out_features);
   return ceil_div(s.num_tokens, kTileTokens) * weights > kMuch && s.num_slots <= s.sm_count / 16 &&
-         s.num_tokens >= s.num_slots * (s.max_rank > 64 ? 6 : 16);
+         s.num_tokens >= s.num_slots * (s.max_rank > 64 ? 6 : 20);
 }
 
 // A part has at least five steps of 64 values of K, or what it costs to add it up counts for more.
