@@ -40,6 +40,13 @@ def test_ranks_of_one_step(ranks: list[int]) -> None:
     check_chain([make_site(k, slices, ranks=ranks) for k, slices in shapes], 128)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("ranks", [[64], [33, 0, 128]], ids=["one", "few"])
+def test_wide_tiles(ranks: list[int], dtype: torch.dtype) -> None:
+    shapes = [(6144, [4096]), (4096, [14336, 14336]), (28672, [6144])]
+    check_chain([make_site(k, slices, dtype, ranks=ranks) for k, slices in shapes], 250)
+
+
 @pytest.mark.parametrize("mix", ["nobody", "one", "all"])
 def test_what_comes_next_waits_for_the_product(mix: str) -> None:
     """Also where none of the adapters' thread blocks has anything to wait for."""

@@ -134,10 +134,7 @@ int apply_expand(const ApplyParams& p, bool after_shrink) {
   return expand(up);
 }
 
-bool apply_runs_beside(const ApplyParams& p) {
-  const ApplyShape shape = apply_shape_of(p);
-  return apply_config(shape).decode && !decode_is_wide(shape) && has_vectors(p);
-}
+bool apply_runs_beside(const ApplyParams& p) { return apply_config_of(p).decode && has_vectors(p); }
 
 int apply(const ApplyParams& p) {
   const ApplyShape shape = apply_shape_of(p);

@@ -26,13 +26,14 @@ WideWork wide_work(const ApplyParams& p, const WideSplit& split) {
 template <typename T>
 cudaError_t launch_shrink(const ApplyParams& p, const WideWork& work) {
   LaunchShape shape{};
-  shape.grid =
-      dim3(static_cast<unsigned>(work.split.all_parts(work.most_tiles) * work.split.row_groups));
+  shape.grid = dim3(static_cast<unsigned>(
+      work.split.all_parts(work.most_tiles) * work.split.row_groups + (p.beside ? 1 : 0)));
   shape.threads = WideShrinkTraits::kThreads;
   shape.shared_bytes = WideShrinkTraits::kSharedBytes;
   shape.cluster = 1;
-  shape.dependent = true;
-  return launch_kernel(decode_wide_shrink_kernel<T>, shape, p.stream, p, work);
+  shape.dependent = !p.beside;  // the capture knows already on what it depends, and how
+  return launch_kernel(p.beside ? decode_wide_shrink_kernel<T, true> : decode_wide_shrink_kernel<T>,
+                       shape, p.stream, p, work);
 }
 
 // As many CTAs of the sum as have room beside those of the shrink, and of the expand as are
@@ -57,8 +58,9 @@ cudaError_t launch_expand(const ApplyParams& p, const WideWork& work) {
   }
   shape.grid = dim3(static_cast<unsigned>(std::min(work.most_tiles * blocks, most)));
   shape.shared_bytes = WideExpandTraits<Y, kSteps>::kSharedBytes;
-  return launch_kernel(decode_wide_expand_kernel<T, Y, kSteps>, shape, p.stream, p, work,
-                       static_cast<int>(blocks));
+  return launch_kernel(p.beside ? decode_wide_expand_kernel<T, Y, kSteps, true>
+                                : decode_wide_expand_kernel<T, Y, kSteps>,
+                       shape, p.stream, p, work, static_cast<int>(blocks));
 }
 
 }  // namespace

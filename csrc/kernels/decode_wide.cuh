@@ -102,7 +102,8 @@ struct WidePart {
 
 // A CTA serves a part of a tile's K and some rows of A. Eight threads copy a row's 128 bytes, of
 // tokens wherever they lie, some steps ahead, and the products take them from shared memory.
-template <typename T>
+// kBeside: nothing is yet to come, but the kernel before may be at work (beside.h).
+template <typename T, bool kBeside = false>
 __global__ void __launch_bounds__(WideShrinkTraits::kBound, 2)
     decode_wide_shrink_kernel(const __grid_constant__ ApplyParams p,
                               const __grid_constant__ WideWork work) {
@@ -119,12 +120,19 @@ __global__ void __launch_bounds__(WideShrinkTraits::kBound, 2)
   const int chunk = thread % 8, copy_row = thread / 8;
   const int cut = small_quotient(blockIdx.x, work.split.row_groups);
   const int first_row = (blockIdx.x - cut * work.split.row_groups) * kWideRows;
+  if (kBeside && blockIdx.x == gridDim.x - 1) {  // one CTA more, which ends when that kernel has
+    device::grid_dependency_launch();
+    device::grid_dependency_wait();
+    return;
+  }
   // The plan is looked up before the wait, when it may be yet to be written, and again behind it.
   WidePart<kCopiesX, kCopyRows> at;
-  at.template find<false>(p, work, cut);
-  device::grid_dependency_wait();
+  at.template find<kBeside>(p, work, cut);
+  if (!kBeside) {
+    device::grid_dependency_wait();
+  }
   device::grid_dependency_launch();
-  if (!at.confirm(p, work)) {
+  if (!kBeside && !at.confirm(p, work)) {
     at.template find<true>(p, work, cut);
   }
   const int slot = at.tile.x, count = at.tile.z, rank = at.rank, padded = padded_rank(rank);

@@ -26,6 +26,9 @@ __global__ void __launch_bounds__(kWideThreads)
   const int num_tiles = work.num_tiles(p.plan), parts = work.split.parts(num_tiles);
   const int num_slices = p.slices.count, items = num_tiles * num_slices * kGroups;
   if (items == 0) {
+    if (p.beside && blockIdx.x == 0) {  // what comes next waits for this kernel, and for it alone
+      device::grid_dependency_wait();
+    }
     return;
   }
   int sharers_log = 0;
@@ -116,7 +119,8 @@ struct WideExpandTraits : OutputSpan<Y> {
 };
 
 // A CTA at a time serves a tile and 128 columns of a slice; `blocks` are those of a tile.
-template <typename T, typename Y, int kSteps>
+// kFollows: y comes with xa, not before.
+template <typename T, typename Y, int kSteps, bool kFollows = false>
 __global__ void __launch_bounds__(kWideThreads, 2)
     decode_wide_expand_kernel(const __grid_constant__ ApplyParams p,
                               const __grid_constant__ WideWork work, int blocks) {
@@ -133,6 +137,9 @@ __global__ void __launch_bounds__(kWideThreads, 2)
     const int index = small_quotient(item, blocks);
     const Tile tile = p.plan.wide_tiles[min(index, work.most_tiles - 1)];  // in the same trip
     if (index >= num_tiles) {
+      if (kFollows && !waited && blockIdx.x == 0) {
+        device::grid_dependency_wait();
+      }
       return;
     }
     int slice = 0, block = item - index * blocks, width = 0;
@@ -179,15 +186,20 @@ __global__ void __launch_bounds__(kWideThreads, 2)
     unsigned char* outputs = shared + Traits::kOutputsAt + warp * Traits::kSpanBytes;
     const bool copies = span + row_chunk * kPerChunk < columns;
     Y* rows[Traits::kCopies];
+    const auto fetch_y = [&](int i) {
+      if (rows[i] != nullptr) {
+        device::copy_async_16(outputs + Traits::at(Traits::kCopyRows * i + row_of_copy, row_chunk),
+                              rows[i], 16);
+      }
+    };
 #pragma unroll
     for (int i = 0; i < Traits::kCopies; ++i) {
       rows[i] = copies && ids[i] >= 0 && ids[i] < p.num_tokens
                     ? static_cast<Y*>(p.y) + ids[i] * p.y_stride + p.slices.offset[slice] +
                           first_column + span + row_chunk * kPerChunk
                     : nullptr;
-      if (rows[i] != nullptr) {
-        device::copy_async_16(outputs + Traits::at(Traits::kCopyRows * i + row_of_copy, row_chunk),
-                              rows[i], 16);
+      if (!kFollows) {
+        fetch_y(i);
       }
     }
     device::copy_async_commit();
@@ -195,6 +207,12 @@ __global__ void __launch_bounds__(kWideThreads, 2)
       device::grid_dependency_launch();
       device::grid_dependency_wait();
       waited = true;
+    }
+    if (kFollows) {
+#pragma unroll
+      for (int i = 0; i < Traits::kCopies; ++i) {
+        fetch_y(i);
+      }
     }
     const int64_t first_out = int64_t{index} * kWideTileTokens * p.slices.count + slice;
 #pragma unroll
