@@ -61,6 +61,9 @@ __global__ void __launch_bounds__(kMoeThreads, (moe_many_min_blocks<T, kChunk>()
   const int num_tiles = p.routing.num_tiles();
   const int32_t* permutation = p.routing.permutation();
   MoeTile tile = p.routing.tile(blockIdx.y);
+  // Of up to 32 slots, beside the first tile: B and the pairs wait for one read less.
+  const bool few_slots = p.num_slots <= 32;
+  const int lane_rank = few_slots && lane < p.num_slots ? p.ranks[lane] : 0;
 #pragma unroll 1
   for (int index = blockIdx.y; index < num_tiles; index += gridDim.y) {
     if (index != blockIdx.y) {
@@ -69,7 +72,14 @@ __global__ void __launch_bounds__(kMoeThreads, (moe_many_min_blocks<T, kChunk>()
     if (!is_valid(tile, p.num_slots, p.num_experts)) {
       continue;
     }
-    const int rank = min(p.ranks[tile.slot], p.max_rank);
+    const int groups = tile.count <= kGroupPairs ? 1 : tile.count <= 2 * kGroupPairs ? 2 : 4;
+    const int first = warp % groups * kGroupPairs, unit_step = kMoeWarps / groups;
+    int pair = lane < kGroupPairs && first + lane < tile.count
+                   ? permutation[tile.start + first + lane]
+                   : -1;
+    const int slot_rank =
+        few_slots ? __shfl_sync(kAllLanes, lane_rank, tile.slot) : p.ranks[tile.slot];
+    const int rank = min(slot_rank, p.max_rank);
     if (rank <= 0) {
       continue;
     }
@@ -89,11 +99,6 @@ __global__ void __launch_bounds__(kMoeThreads, (moe_many_min_blocks<T, kChunk>()
         }
       }
     }
-    const int groups = tile.count <= kGroupPairs ? 1 : tile.count <= 2 * kGroupPairs ? 2 : 4;
-    const int first = warp % groups * kGroupPairs, unit_step = kMoeWarps / groups;
-    int pair = lane < kGroupPairs && first + lane < tile.count
-                   ? permutation[tile.start + first + lane]
-                   : -1;
     pair = pair < p.num_pairs ? pair : -1;
     int line_pairs[kGroupPairs / 4];
 #pragma unroll
