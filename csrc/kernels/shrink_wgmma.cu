@@ -15,8 +15,11 @@ namespace lora_ext::cuda {
 namespace {
 
 bool shrink_maps(ShrinkMaps& maps, const ShrinkParams& p, int large_rows) {
-  if (!encode_map(maps.x, p.dtype, {p.x, p.in_features, p.num_tokens, p.x_stride}, kBoxRowsX)) {
-    return false;
+  for (int i = 0; i < kBoxesOfX; ++i) {
+    if (!encode_map(maps.x[i], p.dtype, {p.x, p.in_features, p.num_tokens, p.x_stride},
+                    kBoxRowsX >> i)) {
+      return false;
+    }
   }
   const int64_t slots = p.plan.num_slots;
   for (int i = 0; i < p.num_slices; ++i) {

@@ -20,10 +20,12 @@ namespace lora_ext::cuda {
 constexpr int kWarpgroup = 128;                 // threads that multiply
 constexpr int kWgmmaThreads = kWarpgroup + 32;  // and a warp that copies
 
-// x as [T, K] and A as [L, rows of a slot, K], for copies of boxes: of kBoxRowsA rows, for slots of
-// any rank, and of more (ShrinkWork), for those of the highest.
+// x as [T, K] and A as [L, rows of a slot, K], for copies of boxes. Of x: of a whole tile, of half
+// of one, of a quarter. Of A: of kBoxRowsA rows, for slots of any rank, and of more (ShrinkWork),
+// for those of the highest.
+constexpr int kBoxesOfX = 3;
 struct ShrinkMaps {
-  CUtensorMap x, a[kMaxSlices], large_a[kMaxSlices];
+  CUtensorMap x[kBoxesOfX], a[kMaxSlices], large_a[kMaxSlices];
 };
 
 // How the work is cut. Beside the other parameters, before the maps: what a CTA needs first is
@@ -159,7 +161,13 @@ __device__ __forceinline__ void copy_piece(const ShrinkWork& work, const ShrinkM
   const int a_row = static_cast<int>(p.a.first_row[slice]) +
                     (p.a.rows_by_rank ? slice * piece.rank : 0) + column - slice * padded;
   const CUtensorMap* a_map = (large ? maps.large_a : maps.a) + slice;
-  const int bytes = ((piece.neighbours ? kBoxRowsX : 0) + piece.columns) * kBoxK * 2;
+  // As few as there are tokens for: the rest are other tiles' rows, or none.
+  int x_rows = piece.neighbours ? kBoxRowsX : 0;
+  const CUtensorMap* x_map = maps.x;
+  for (; x_rows >= 2 * tile.count && x_map < maps.x + kBoxesOfX - 1; x_rows /= 2) {
+    ++x_map;
+  }
+  const int bytes = (x_rows + piece.columns) * kBoxK * 2;
   int k = piece.first_k;
 #pragma unroll 1
   for (int step = 0; step < piece.steps; ++step) {
@@ -185,7 +193,7 @@ __device__ __forceinline__ void copy_piece(const ShrinkWork& work, const ShrinkM
     }
     __syncwarp();
     if (lane == 0 && piece.neighbours) {
-      device::copy_box(to, &maps.x, k, piece.id[0], ring.full());
+      device::copy_box(to, x_map, k, piece.id[0], ring.full());
     }
     if (lane < a_boxes) {
       device::copy_box(to + (kBoxRowsX + lane * box_rows) * 128, a_map, k, a_row, tile.slot,
@@ -379,7 +387,7 @@ __global__ void __launch_bounds__(kWgmmaBound, WgmmaTraits<kRows, kKilobytes>::k
     }
     device::barrier_init(ring.sums(), 1);
     device::barrier_init_fence();
-    device::prefetch_map(&maps.x);
+    device::prefetch_map(maps.x);
   }
   if (threadIdx.x < p.num_slices) {
     device::prefetch_map(maps.large_a + threadIdx.x);
