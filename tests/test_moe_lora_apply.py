@@ -122,6 +122,13 @@ def test_pool_wider_than_any_rank(device, max_rank):
         check_apply(*tensors(module, batch, False, gen), module, batch, layout)
 
 
+def test_more_slots_than_a_warp_has_lanes(device):
+    gen = generator("slots")
+    module = make_moe([24, 0, 17, 9] * 10, 2, 64, [72], torch.bfloat16, device)
+    batch = random_batch(1100, 2, module, device, gen)
+    check_apply(*tensors(module, batch, False, gen), module, batch)
+
+
 # ---- which pair has which adapter
 
 
@@ -193,12 +200,14 @@ def test_shared_outer(device, shared, expanded):
             check_apply(y, x, module, batch, layout, expanded)
 
 
-# With many pairs it is another kernel that takes 16 bytes at a time.
-@pytest.mark.parametrize("num_tokens", [40, 600])
+# With many pairs it is another kernel that takes 16 bytes at a time; with few and a long K, lanes
+# without a pair add up parts of it.
+@pytest.mark.parametrize("num_tokens, in_features", [(40, 256), (600, 256), (3, 4096)])
+@pytest.mark.parametrize("ranks", [[16, 64, 3, 0], [16, 5, 0]], ids=str)
 @pytest.mark.parametrize("dtype", HALVES_AND_FP32)
-def test_layouts_and_addresses_do_not_change_a_bit(device, dtype, num_tokens):
+def test_layouts_and_addresses_do_not_change_a_bit(device, dtype, ranks, num_tokens, in_features):
     gen = generator("layouts", dtype, num_tokens)
-    module = make_moe([16, 64, 3, 0], 4, 256, [64, 32], dtype, device)
+    module = make_moe(ranks, 4, in_features, [64, 32], dtype, device)
     batch = random_batch(num_tokens, 2, module, device, gen)
     y, x = tensors(module, batch, True, gen)
     first = y.clone()

@@ -33,8 +33,8 @@ constexpr int expand_min_blocks() {
 
 // kChunk: neighbouring ranks that a lane holds, 4 for pools of rank up to 16, else 8. kAll: no slot
 // has more ranks than are held; else the others' weights are read again for every eight pairs.
-// kUnits: neighbouring units of columns that a warp takes. kShares: lanes without a pair help to
-// add up the parts of K.
+// kUnits: neighbouring units of columns that a warp takes. kShares: knows how lanes without a pair
+// help to add up the parts of K, which costs the others.
 template <typename T, typename Y, int kChunk, int kHeld, bool kAll, bool kVector, int kUnits = 1,
           bool kShares = false>
 __global__ void __launch_bounds__(
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(
         load_held<1, kChunk, kHeld, 4>(&next_xa.values, p, &next_xa.row, q * kChunk, rank);
       }
     };
-    if (kShares && tile.count <= 4) {
+    if (kShares && p.shares && tile.count <= 4) {
       const int sharing = tile.count == 1 ? 1 : tile.count == 2 ? 2 : 4;
       const int pair = pair_of(0, g % sharing);
       const float* const row =
@@ -251,6 +251,21 @@ bool is_vector(const MoeApplyParams& p, int chunk) {
   return vector;
 }
 
+// The kernel of ranks that are held. The order of its sums follows from the shape alone, so where
+// it may share, every variant can.
+template <typename T, typename Y, int kChunk, int kHeld>
+auto held_kernel(bool vector, bool shares) {
+  if (!vector) {
+    return moe_expand_kernel<T, Y, kChunk, kHeld, true, false, 1, true>;
+  }
+  if constexpr (sizeof(Y) == 2) {
+    if (!shares) {
+      return moe_expand_kernel<T, Y, kChunk, kHeld, true, true>;
+    }
+  }
+  return moe_expand_kernel<T, Y, kChunk, kHeld, true, true, 1, true>;
+}
+
 template <typename T, typename Y>
 cudaError_t launch(const MoeExpandParams& params, bool vector, bool many, int units,
                    LaunchShape shape, void* stream) {
@@ -278,30 +293,14 @@ cudaError_t launch(const MoeExpandParams& params, bool vector, bool many, int un
                  : launch_held(moe_expand_kernel<T, Y, 8, 1, true, true, 2>, held_bytes<8, 1, 2>());
     }
   }
-  if constexpr (sizeof(Y) == 2) {
-    if (vector && moe_expand_shares_splits(params.splits, params.max_rank)) {
-      return narrow     ? launch_held(moe_expand_kernel<T, Y, 4, 1, true, true, 1, true>,
-                                      held_bytes<4, 1>())
-             : one_step ? launch_held(moe_expand_kernel<T, Y, 8, 1, true, true, 1, true>,
-                                      held_bytes<8, 1>())
-                        : launch_held(moe_expand_kernel<T, Y, 8, 2, true, true, 1, true>,
-                                      held_bytes<8, 2>());
-    }
-  }
   if (narrow) {
-    return launch_held(vector ? moe_expand_kernel<T, Y, 4, 1, true, true>
-                              : moe_expand_kernel<T, Y, 4, 1, true, false>,
-                       held_bytes<4, 1>());
+    return launch_held(held_kernel<T, Y, 4, 1>(vector, params.shares), held_bytes<4, 1>());
   }
   if (one_step) {
-    return launch_held(vector ? moe_expand_kernel<T, Y, 8, 1, true, true>
-                              : moe_expand_kernel<T, Y, 8, 1, true, false>,
-                       held_bytes<8, 1>());
+    return launch_held(held_kernel<T, Y, 8, 1>(vector, params.shares), held_bytes<8, 1>());
   }
   if (params.max_rank <= 64) {
-    return launch_held(vector ? moe_expand_kernel<T, Y, 8, 2, true, true>
-                              : moe_expand_kernel<T, Y, 8, 2, true, false>,
-                       held_bytes<8, 2>());
+    return launch_held(held_kernel<T, Y, 8, 2>(vector, params.shares), held_bytes<8, 2>());
   }
   return launch_held(vector ? moe_expand_kernel<T, Y, 8, 1, false, true>
                             : moe_expand_kernel<T, Y, 8, 1, false, false>,
@@ -329,14 +328,15 @@ cudaError_t moe_expand(const MoeApplyParams& p, const MoeShrinkConfig& config) {
   params.xa_rank_stride = static_cast<int32_t>(at.rank_stride);
   params.num_slices = p.slices.count;
   const bool narrow = p.max_rank <= 16, vector = is_vector(p, narrow ? 4 : 8);
-  const bool many = vector && p.y_dtype != DType::kFloat32 &&
-                    moe_expand_is_many(p.num_pairs, moe_groups(p), p.max_rank);
+  // By the shape alone, and whether it can be.
   const int sm_count = device_properties().sm_count;
-  const int warp_units =
-      vector && !many && p.y_dtype != DType::kFloat32
-          ? moe_expand_units(p.num_pairs, moe_groups(p), p.slices.offset[p.slices.count],
-                             p.max_rank, sm_count)
-          : 1;
+  const bool likes_many = moe_expand_is_many(p.num_pairs, moe_groups(p), p.max_rank);
+  const int likes_units = moe_expand_units(p.num_pairs, moe_groups(p),
+                                           p.slices.offset[p.slices.count], p.max_rank, sm_count);
+  const bool may = vector && p.y_dtype != DType::kFloat32, many = may && likes_many;
+  const int warp_units = may && !many ? likes_units : 1;
+  params.shares =
+      !likes_many && likes_units == 1 && moe_expand_shares_splits(params.splits, p.max_rank);
   int units = 0;
   for (int i = 0; i < p.slices.count; ++i) {
     MoeExpandSlice& slice = params.slices[i];

@@ -28,6 +28,7 @@ struct alignas(64) MoeExpandParams {
   void* y;
   int64_t y_stride, column_stride, xa_row_stride, xa_plane;
   int32_t num_slots, num_experts, num_pairs, max_rank, splits, xa_rank_stride, num_slices;
+  bool shares;  // lanes without a pair add up parts of K: see load_shared
   MoeExpandSlice slices[kMaxSlices];
 };
 
