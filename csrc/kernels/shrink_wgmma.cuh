@@ -199,6 +199,9 @@ __device__ __forceinline__ void copy_piece(const ShrinkWork& work, const ShrinkM
       device::copy_box(to + (kBoxRowsX + lane * box_rows) * 128, a_map, k, a_row, tile.slot,
                        ring.full());
     }
+    if (step == 0) {
+      device::grid_dependency_launch();  // whose first copies come behind these
+    }
     k += kBoxK;
     ring.advance();
   }
@@ -395,7 +398,9 @@ __global__ void __launch_bounds__(kWgmmaBound, WgmmaTraits<kRows, kKilobytes>::k
   prefetch_tokens<T>(p);
   __syncthreads();
   device::grid_dependency_wait();
-  device::grid_dependency_launch();
+  if (p.layout.summed) {
+    device::grid_dependency_launch();
+  }
   const int all_steps = (static_cast<int>(p.in_features) + kBoxK - 1) / kBoxK;
   uint32_t sums_turn = 0;
   int num_tiles = p.plan.header[kNumWideTiles];
@@ -457,6 +462,7 @@ __global__ void __launch_bounds__(kWgmmaBound, WgmmaTraits<kRows, kKilobytes>::k
     if (piece.rank > 0 && piece.columns > 0 && tile < num_tiles) {  // all members of a group alike
       shrink_wgmma_piece<T, Traits>(work, maps, piece, group, sums_turn, ring);
     } else if (halvings > 0 && (group.size > 1 || !p.layout.by_tile)) {
+      device::grid_dependency_launch();
       device::cluster_arrive_relaxed();  // other groups push their sums behind a barrier of all
       device::cluster_wait();
     }
