@@ -330,13 +330,13 @@ cudaError_t moe_expand(const MoeApplyParams& p, const MoeShrinkConfig& config) {
   const bool narrow = p.max_rank <= 16, vector = is_vector(p, narrow ? 4 : 8);
   // By the shape alone, and whether it can be.
   const int sm_count = device_properties().sm_count;
-  const bool likes_many = moe_expand_is_many(p.num_pairs, moe_groups(p), p.max_rank);
-  const int likes_units = moe_expand_units(p.num_pairs, moe_groups(p),
-                                           p.slices.offset[p.slices.count], p.max_rank, sm_count);
-  const bool may = vector && p.y_dtype != DType::kFloat32, many = may && likes_many;
-  const int warp_units = may && !many ? likes_units : 1;
+  const bool many_by_shape = moe_expand_is_many(p.num_pairs, moe_groups(p), p.max_rank);
+  const int units_by_shape = moe_expand_units(
+      p.num_pairs, moe_groups(p), p.slices.offset[p.slices.count], p.max_rank, sm_count);
+  const bool may = vector && p.y_dtype != DType::kFloat32, many = may && many_by_shape;
+  const int warp_units = may && !many ? units_by_shape : 1;
   params.shares =
-      !likes_many && likes_units == 1 && moe_expand_shares_splits(params.splits, p.max_rank);
+      !many_by_shape && units_by_shape == 1 && moe_expand_shares_splits(params.splits, p.max_rank);
   int units = 0;
   for (int i = 0; i < p.slices.count; ++i) {
     MoeExpandSlice& slice = params.slices[i];
