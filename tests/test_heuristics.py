@@ -515,6 +515,20 @@ def test_a_long_k_is_split_further_for_few_pairs(**shape: int) -> None:
         assert features(14336) >= 7168
 
 
+@pytest.mark.parametrize(("num_pairs", "features"), [(1000, 3584), (2000, 7168)])
+def test_a_long_k_of_many_pairs_is_left(num_pairs: int, features: int) -> None:
+    config = testing.moe_shrink_config(
+        num_pairs=num_pairs,
+        num_groups=100,
+        in_features=14336,
+        matrices=1,
+        rows=16,
+        sm_count=132,
+        vector=True,
+    )
+    assert config.split_features == features
+
+
 def test_lanes_without_a_pair_share_parts_of_k_where_those_are_many() -> None:
     assert testing.moe_expand_shares_splits(splits=8, max_rank=16)
     assert not testing.moe_expand_shares_splits(splits=4, max_rank=16)
