@@ -1,0 +1,180 @@
+"""Launch heuristics of the MoE kernels: pure C++, held to what the kernels rely on."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lora_ext
+
+testing = pytest.importorskip(
+    "lora_ext._testing", reason="needs a build with LORA_EXT_TEST_BUILD=1 and Python.h"
+)
+
+SLOTS = st.integers(1, testing.MAX_SLOTS)
+FEATURES = st.integers(1, 200_000)
+SM_COUNTS = st.sampled_from([1, 78, 108, 132, 148])
+PAIRS = st.integers(1, 200_000)
+GROUPS = st.integers(1, 2**31 - 1)
+
+
+@given(num_tokens=st.integers(0, 20_000), top_k=st.integers(1, 16), num_slots=SLOTS)
+def test_the_routing_grows_with_the_pairs_alone(
+    num_tokens: int, top_k: int, num_slots: int
+) -> None:
+    pairs, groups = num_tokens * top_k, num_slots * 128
+    size = testing.moe_routing_size(pairs, groups)
+    assert lora_ext.moe_routing_size(num_tokens, top_k, num_slots, 128) == size
+    assert size <= 16 + (5 if pairs <= 2048 else 9) * pairs + 1
+    assert testing.max_moe_tiles(pairs, groups) <= pairs
+
+
+@given(
+    num_pairs=PAIRS,
+    num_groups=GROUPS,
+    in_features=FEATURES,
+    matrices=st.integers(1, 8),
+    rows=st.integers(1, 8 * 1024),
+    vector=st.booleans(),
+    sm_count=SM_COUNTS,
+)
+def test_the_moe_shrink_covers_rows_and_features(**shape: int) -> None:
+    config = testing.moe_shrink_config(**shape)
+    per_matrix = config.blocks // shape["matrices"]
+    assert config.blocks == per_matrix * shape["matrices"]
+    assert (per_matrix - 1) * 16 * config.row_blocks < shape["rows"]
+    assert shape["rows"] <= per_matrix * 16 * config.row_blocks
+    # Every part of K has something in it, and starts where a warp's first step does.
+    assert 1 <= config.splits <= 16
+    assert config.split_features % 128 == 0
+    assert (config.splits - 1) * config.split_features < shape["in_features"]
+    assert shape["in_features"] <= config.splits * config.split_features
+
+
+@given(
+    num_pairs=PAIRS,
+    num_groups=GROUPS,
+    in_features=FEATURES,
+    matrices=st.integers(1, 8),
+    rows=st.integers(1, 8 * 1024),
+    vector=st.booleans(),
+    sm_count=SM_COUNTS,
+)
+def test_the_moe_shrink_prefetches_where_a_is_little(**shape: int) -> None:
+    config = testing.moe_shrink_config(**shape)
+    groups = min(shape["num_pairs"], shape["num_groups"])
+    least_bytes = 2 * groups * shape["matrices"] * shape["rows"] * shape["in_features"]
+    little = shape["vector"] and groups <= 2 * shape["sm_count"] and least_bytes <= 8 << 20
+    assert config.prefetch_features in (0, config.split_features)
+    assert little or config.prefetch_features == 0
+    if little and shape["num_pairs"] <= shape["num_groups"]:  # a tile for each pair
+        assert config.prefetch_features == config.split_features
+
+
+@given(
+    num_pairs=PAIRS,
+    num_groups=GROUPS,
+    in_features=FEATURES,
+    matrices=st.integers(1, 8),
+    rows=st.integers(1, 8 * 1024),
+    vector=st.booleans(),
+    sm_count=SM_COUNTS,
+)
+def test_moe_shrink_blocks_are_spread_where_they_are_few(**shape: int) -> None:
+    config = testing.moe_shrink_config(**shape)
+    groups = min(shape["num_pairs"], shape["num_groups"])
+    most_tiles = testing.max_moe_tiles(shape["num_pairs"], groups)
+    if config.most_blocks_per_sm != 0:
+        room = config.most_blocks_per_sm * shape["sm_count"]
+        assert 2 <= config.most_blocks_per_sm <= 4
+        assert 4 * most_tiles * config.blocks * config.splits <= 5 * room
+        assert config.prefetch_features == 0  # which wants to be there early
+
+
+@given(num_pairs=PAIRS, num_groups=GROUPS, rows=st.integers(1, 128), sm_count=SM_COUNTS)
+def test_a_long_k_is_split_further_for_few_pairs(**shape: int) -> None:
+    def features(in_features: int) -> int:
+        config = testing.moe_shrink_config(
+            in_features=in_features, matrices=1, vector=True, **shape
+        )
+        return int(config.split_features)
+
+    tiles = max(-(-shape["num_pairs"] // 64), min(shape["num_pairs"], shape["num_groups"]))
+    ctas = tiles * -(-shape["rows"] // 64)
+    if shape["num_pairs"] <= 1024 and 16 * ctas <= 2 * shape["sm_count"]:
+        assert features(14336) == 896  # as many parts as there may be
+    if shape["num_pairs"] <= 1024 and 8 * ctas <= 4 * shape["sm_count"]:
+        assert features(14336) <= 1792
+    if shape["num_pairs"] > 1024 and 2 * ctas > shape["sm_count"]:
+        assert features(14336) >= 7168
+
+
+@pytest.mark.parametrize(("num_pairs", "features"), [(1000, 3584), (2000, 7168)])
+def test_a_long_k_of_many_pairs_is_left(num_pairs: int, features: int) -> None:
+    config = testing.moe_shrink_config(
+        num_pairs=num_pairs,
+        num_groups=100,
+        in_features=14336,
+        matrices=1,
+        rows=16,
+        sm_count=132,
+        vector=True,
+    )
+    assert config.split_features == features
+
+
+def test_lanes_without_a_pair_share_parts_of_k_where_those_are_many() -> None:
+    assert testing.moe_expand_shares_splits(splits=8, max_rank=16)
+    assert not testing.moe_expand_shares_splits(splits=4, max_rank=16)
+    assert testing.moe_expand_shares_splits(splits=4, max_rank=64)
+    assert not testing.moe_expand_shares_splits(splits=2, max_rank=64)
+    assert not testing.moe_expand_shares_splits(splits=16, max_rank=128)
+
+
+@given(
+    num_pairs=PAIRS,
+    num_groups=GROUPS,
+    columns=st.integers(1, 100_000),
+    max_rank=st.integers(1, 1024),
+    sm_count=SM_COUNTS,
+)
+def test_warps_of_the_moe_expand_take_two_units_only_beyond_a_wave(**shape: int) -> None:
+    units = testing.moe_expand_units(**shape)
+    assert units in (1, 2)
+    if units == 2:
+        assert shape["max_rank"] <= 32
+        assert shape["num_pairs"] * shape["columns"] * 64 > 65_536 * shape["sm_count"]
+
+
+@given(
+    num_pairs=PAIRS,
+    num_groups=GROUPS,
+    in_features=FEATURES,
+    rank=st.integers(1, 1024),
+    slices=st.integers(1, 8),
+    sm_count=SM_COUNTS,
+)
+def test_layouts_do_not_change_how_k_is_split(rank: int, slices: int, **shape: int) -> None:
+    splits = {
+        testing.moe_shrink_config(
+            matrices=matrices, rows=slices * rank // matrices, vector=vector, **shape
+        ).split_features
+        for matrices in (1, slices)
+        for vector in (False, True)
+    }
+    assert len(splits) == 1
+
+
+@given(
+    num_pairs=PAIRS,
+    num_groups=GROUPS,
+    blocks=st.integers(1, 4096),
+    sm_count=SM_COUNTS,
+    most_per_sm=st.sampled_from([8, 16, 32]),
+)
+def test_the_grid_over_moe_tiles_is_bounded(**shape: int) -> None:
+    tiles = testing.moe_grid_tiles(**shape)
+    assert 1 <= tiles <= max(1, testing.max_moe_tiles(shape["num_pairs"], shape["num_groups"]))
+    assert tiles <= 65_535
+    assert tiles == 1 or (tiles - 1) * shape["blocks"] < shape["most_per_sm"] * shape["sm_count"]
