@@ -123,12 +123,12 @@ cudaError_t launch_few(EmbeddingJob job, bool whole, void* stream) {
 template <typename T, int kChunk, int kSteps, int kRows>
 cudaError_t launch_slots(EmbeddingJob job, bool whole, void* stream) {
   job.blocks = static_cast<int32_t>(ceil_div(job.columns, kSlotsWarps * 8 * kRows));
-  job.num_tiles = std::min({job.num_tokens, job.num_slots, kSlotsTokens});
+  job.groups = std::min({job.num_tokens, job.num_slots, kSlotsTokens});
   return launch_kernel(
       whole ? embedding_slots_kernel<T, kChunk, kSteps, kRows, true>
             : embedding_slots_kernel<T, kChunk, kSteps, kRows, false>,
-      launch_shape(ceil_div(job.num_tokens, kSlotsTokens) * job.num_tiles * job.blocks,
-                   kSlotsThreads, 0),
+      launch_shape(ceil_div(job.num_tokens, kSlotsTokens) * job.groups * job.blocks, kSlotsThreads,
+                   0),
       stream, job);
 }
 
@@ -139,7 +139,7 @@ cudaError_t launch_tiles(EmbeddingJob job, void* stream) {
   const int64_t tokens = job.num_tokens, slots = job.num_slots;
   const int sm_count = device_properties().sm_count;
   job.blocks = static_cast<int32_t>(ceil_div(job.columns, kEmbeddingColumns));
-  job.num_tiles = static_cast<int32_t>(max_tiles(tokens, slots, kWideTileTokens));
+  job.groups = static_cast<int32_t>(max_tiles(tokens, slots, kWideTileTokens));
   job.looks_ahead = likely_tiles(tokens, slots, kWideTileTokens) * job.blocks <= 2 * sm_count;
   return launch_kernel(embedding_tiles_kernel<T, kSteps, kWgmma, kBlocks>,
                        launch_shape(embedding_grid_tiles(tokens, slots, sm_count) * job.blocks,

@@ -21,7 +21,7 @@ struct alignas(64) EmbeddingJob {
   int64_t vocab_start, vocab_size;
   int32_t num_tokens, num_slots, max_tokens, max_rank;
   int32_t columns, blocks;  // of y; CTAs that share a token's or a tile's columns
-  int32_t num_tiles;        // that there can be
+  int32_t groups;           // of tokens, that there can be: tiles, or slots of 32 tokens
   bool ids_are_int64;
   bool looks_ahead;  // whether what the batch was before the wait is worth a look
 };

@@ -61,7 +61,7 @@ struct Neighbours {
 
 // A lane holds kSteps times kChunk neighbouring ranks of kRows rows of B: as many neighbouring
 // columns of y. blockIdx.x: which 32 tokens, which of their slots, of which there may be
-// p.num_tiles, and which of p.blocks shares of the columns.
+// p.groups, and which of p.blocks shares of the columns.
 template <typename T, int kChunk, int kSteps, int kRows, bool kVector>
 __global__ void __launch_bounds__(kSlotsThreads)
     embedding_slots_kernel(const __grid_constant__ EmbeddingJob p) {
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kSlotsThreads)
   auto* const entries = entries_of_warps[warp];
   const int item = static_cast<int>(blockIdx.x) / p.blocks;
   const int block = static_cast<int>(blockIdx.x) - item * p.blocks;
-  const int part = item / p.num_tiles, turn = item - part * p.num_tiles;
+  const int part = item / p.groups, turn = item - part * p.groups;
   const int own_token = part * kSlotsTokens + lane;
   const int first_column = (block * kSlotsWarps + warp) * kWarpColumns;
   {  // B to L2, of a slot that may be another one by the time it is read

@@ -391,7 +391,7 @@ __global__ void __launch_bounds__(kEmbeddingThreads, kBlocks)
   }
   device::grid_dependency_launch();
 #pragma unroll 1
-  for (int item = blockIdx.x; item < p.num_tiles * p.blocks; item += gridDim.x) {
+  for (int item = blockIdx.x; item < p.groups * p.blocks; item += gridDim.x) {
     const int index = static_cast<unsigned>(item) / static_cast<unsigned>(p.blocks);
     const int first_column = (item - index * p.blocks) * kEmbeddingColumns;
     const bool guess = p.looks_ahead && tile.slot >= 0;
