@@ -1,7 +1,7 @@
 """A Llama-3-8B layer's four linear sites in one CUDA graph: what LoRA adds to the base GEMMs.
 
-lora_ext after each GEMM, lora_linear where this build has it, other providers after each GEMM, and
-both for a batch in which nobody has an adapter (base_only, linear_only).
+lora_ext after each GEMM, lora_linear in its place, lora_forked around it, other providers after it,
+and the first two for a batch in which nobody has an adapter (base_only, linear_only).
 """
 
 from __future__ import annotations

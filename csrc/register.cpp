@@ -31,12 +31,13 @@ STABLE_TORCH_LIBRARY(lora_ext, m) {
       "bool overlap=False) -> Tensor");
   m.def(
       "lora_fork(Tensor x, Tensor[] lora_a, Tensor ranks, Tensor scalings, Tensor plan, "
-      "int[] output_slices, int max_rank, Tensor? a_offsets=None, bool batch_invariant=False) "
-      "-> Tensor");
+      "int[] output_slices, int max_rank, Tensor? a_offsets=None, bool batch_invariant=False, "
+      "bool overlap=False) -> Tensor");
   m.def(
-      "lora_join_(Tensor(a!) y, Tensor forked, Tensor x, Tensor[] lora_b, Tensor ranks, "
-      "Tensor scalings, Tensor plan, int[] output_slices, int max_rank, Tensor? b_offsets=None, "
-      "bool batch_invariant=False) -> ()");
+      "lora_join_(Tensor(a!) y, Tensor(b!) forked, Tensor x, Tensor[] lora_a, Tensor[] lora_b, "
+      "Tensor ranks, Tensor scalings, Tensor plan, int[] output_slices, int max_rank, "
+      "Tensor? a_offsets=None, Tensor? b_offsets=None, bool batch_invariant=False, "
+      "bool overlap=False) -> ()");
   m.def(
       "lora_embedding(Tensor ids, Tensor lora_a, Tensor ranks, Tensor scalings, Tensor plan, "
       "int vocab_start=0, Tensor? extra_a=None) -> Tensor");

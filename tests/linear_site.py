@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -90,6 +90,35 @@ class Site:
 
     def base(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+    def forked(
+        self,
+        x: Tensor,
+        plan: Tensor,
+        base: Callable[[Tensor], Tensor] | None = None,
+        **options: bool,
+    ) -> Tensor:
+        """The same as a call, of torch's base product or another base layer."""
+        module, weights = self.module, self.weights
+        rest = (module.ranks, module.scalings, plan)
+        sizes = {"output_slices": module.output_slices, "max_rank": module.max_rank}
+        half = ops.lora_fork(
+            x, weights.lora_a, *rest, **sizes, a_offsets=weights.a_offsets, **options
+        )
+        y = self.base(x) if base is None else base(x)
+        ops.lora_join_(
+            y,
+            half,
+            x,
+            weights.lora_a,
+            weights.lora_b,
+            *rest,
+            **sizes,
+            a_offsets=weights.a_offsets,
+            b_offsets=weights.b_offsets,
+            **options,
+        )
+        return y
 
     def is_streamed(self, x: Tensor, overlap: bool = False, batch_invariant: bool = False) -> bool:
         """Whether the base product of x is not torch's."""

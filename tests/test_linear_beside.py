@@ -1,9 +1,15 @@
-"""lora_linear in a CUDA graph: the shrink begins before the base layer's product has ended."""
+"""A base layer in a CUDA graph, by lora_linear or between lora_fork and lora_join_: the shrink
+begins before the base layer's last kernel has ended."""
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from generators import NAN, generator, make_batch, random_slots
 from linear_site import Site, check_chain
@@ -15,14 +21,27 @@ RANKS = [16, 3, 0, 64, 8]
 pytestmark = pytest.mark.gpu
 
 
+class Forked(Site):
+    """A site whose base layer is no plain product: two kernels."""
+
+    streamed_tokens = 0
+
+    def __call__(self, x: Tensor, plan: Tensor, **options: Any) -> Tensor:
+        return self.forked(x, plan, lambda x: self.base(x) * 2, **options)
+
+
+KINDS = pytest.mark.parametrize("kind", [Site, Forked])
+
+
 def make_site(
     in_features: int,
     slices: list[int],
     dtype: torch.dtype = torch.bfloat16,
     ranks: list[int] = RANKS,
     bias: bool = False,
+    kind: type[Site] = Site,
 ) -> Site:
-    return Site(
+    return kind(
         dtype, "cuda", in_features=in_features, slices=slices, extra=0, bias=bias, ranks=ranks
     )
 
@@ -32,6 +51,12 @@ def make_site(
 def test_one_behind_the_other(dtype: torch.dtype, num_tokens: int) -> None:
     shapes = [(2048, [9216]), (9216, [1024, 512]), (1536, [1024, 512, 512])]
     check_chain([make_site(k, slices, dtype) for k, slices in shapes], num_tokens)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 8, 20, 100, 256, 300])
+def test_other_base_layers_one_behind_the_other(num_tokens: int) -> None:
+    shapes = [(2048, [9216]), (9216, [1024, 512]), (1536, [1024, 512, 512])]
+    check_chain([make_site(k, slices, kind=Forked) for k, slices in shapes], num_tokens)
 
 
 @pytest.mark.parametrize("ranks", [[16] * 32, [16], [8, 0, 16]], ids=["many", "one", "few"])
@@ -47,10 +72,11 @@ def test_wide_tiles(ranks: list[int], dtype: torch.dtype) -> None:
     check_chain([make_site(k, slices, dtype, ranks=ranks) for k, slices in shapes], 250)
 
 
+@KINDS
 @pytest.mark.parametrize("mix", ["nobody", "one", "all"])
-def test_what_comes_next_waits_for_the_product(mix: str) -> None:
+def test_what_comes_next_waits_for_the_product(mix: str, kind: type[Site]) -> None:
     """Also where none of the adapters' thread blocks has anything to wait for."""
-    site = make_site(8192, [14336], bias=True)
+    site = make_site(8192, [14336], bias=True, kind=kind)
     slots = {"nobody": [-1] * 200, "one": [-1] * 199 + [0], "all": [0] * 200}[mix]
     x, plan = site.x(200), make_batch(slots, len(RANKS), "cuda").plan
     results: list[torch.Tensor] = []
@@ -87,3 +113,65 @@ def test_temporary_memory_of_the_product() -> None:
         graph.replay()
         for result in results:
             assert_same_bits(result, want)
+
+
+class EdgeData(ctypes.Structure):
+    """cudaGraphEdgeData."""
+
+    _fields_ = (
+        ("from_port", ctypes.c_uint8),
+        ("to_port", ctypes.c_uint8),
+        ("type", ctypes.c_uint8),
+        ("reserved", ctypes.c_uint8 * 5),
+    )
+
+
+LAUNCH_COMPLETION = 2  # cudaGraphKernelNodePortLaunchCompletion
+
+
+def edges_from_a_launch(call: Callable[[], object]) -> int:
+    """Edges of a graph of `call` that lead from where the last thread block of a kernel begins."""
+    call()
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    with torch.cuda.graph(graph):
+        call()
+    major = int(torch.version.cuda.split(".")[0])
+    runtime = ctypes.CDLL(f"libcudart.so.{major}")
+    edges_of = getattr(runtime, "cudaGraphGetEdges" + ("_v2" if major < 13 else ""))
+    count = ctypes.c_size_t(100)
+    nodes = (ctypes.c_void_p * count.value)()
+    edges = (EdgeData * count.value)()
+    raw = ctypes.c_void_p(graph.raw_cuda_graph())
+    assert edges_of(raw, nodes, nodes, edges, ctypes.byref(count)) == 0
+    assert count.value < 100
+    return sum(edges[i].from_port == LAUNCH_COMPLETION for i in range(count.value))
+
+
+def test_the_shrink_begins_when_the_last_kernel_of_the_base_layer_has() -> None:
+    site = make_site(2048, [14336])  # tiles enough that the product does not divide K
+    plan = make_batch([0, 1, 3, 4] * 50, len(RANKS), "cuda").plan
+    x, y = site.x(200), torch.zeros(200, 14336, dtype=torch.bfloat16, device="cuda")
+    bases = {"product": site.base, "two": lambda x: site.base(x) * 2, "one": lambda _: y.mul_(2)}
+    calls = {name: lambda base=base: site.forked(x, plan, base) for name, base in bases.items()}
+    calls["linear"] = lambda: site(x, plan)
+    calls["overlap"] = lambda: site(x, plan, overlap=True)
+    assert {name: edges_from_a_launch(call) for name, call in calls.items()} == dict.fromkeys(
+        calls, 1
+    )
+
+
+def test_it_waits_where_that_is_no_kernel_or_x_may_not_be_final() -> None:
+    site = make_site(2048, [9216])
+    plan = make_batch([0, 1, 3] * 16, len(RANKS), "cuda").plan
+    x, y = site.x(48), torch.zeros(48, 9216, dtype=torch.bfloat16, device="cuda")
+    z = torch.empty_like(y)
+
+    def made_just_before() -> Tensor:
+        """The last kernel before the shrink is the one that makes x."""
+        return site.forked(x * 2, plan, lambda _: y)
+
+    assert edges_from_a_launch(made_just_before) == 0
+    assert edges_from_a_launch(lambda: site.forked(x, plan, lambda _: z.copy_(y))) == 0
+    full = make_site(2048, [9216], torch.float32)
+    full_x = full.x(48)
+    assert edges_from_a_launch(lambda: full(full_x, plan)) == 0

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from generators import (
     HALVES_AND_FP32,
@@ -103,37 +104,21 @@ def test_deterministic(device: str, overlap: bool, num_tokens: int) -> None:
 @on_devices
 @WAYS
 @pytest.mark.parametrize("num_tokens", [60, 300])
+@pytest.mark.parametrize("ranks", [RANKS, [64]], ids=["few a slot", "wide tiles"])
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_is_lora_apply_behind_the_base_layer(
-    device: str, overlap: bool, num_tokens: int, batch_invariant: bool
+    device: str, overlap: bool, num_tokens: int, ranks: list[int], batch_invariant: bool
 ) -> None:
-    """Bit for bit, whichever stream its first half runs on."""
-    site = Site(torch.bfloat16, device, in_features=1024)
+    """Bit for bit, whichever stream its first half runs on, and with any base layer between."""
+    site = Site(torch.bfloat16, device, in_features=1024, ranks=ranks)
     x = site.x(num_tokens)
-    slots = random_slots(num_tokens, len(RANKS), generator("behind"))
-    plan = make_batch(slots, len(RANKS), device).plan
+    slots = random_slots(num_tokens, len(ranks), generator("behind"))
+    plan = make_batch(slots, len(ranks), device).plan
     want = site.base(x)
     apply_(want, x, site.module, site.weights, plan, batch_invariant=batch_invariant)
-    y = site(x, plan, overlap=overlap, batch_invariant=batch_invariant)
-    assert_same_bits(y, want)
-
-
-@on_devices
-def test_fork_and_join_around_another_base_layer(device: str) -> None:
-    site = Site(torch.bfloat16, device)
-    x, slots = site.x(45), random_slots(45, len(RANKS), generator("fork"))
-    plan = make_batch(slots, len(RANKS), device).plan
-    assert_same_bits(forked(site, x, plan), site(x, plan, overlap=True))
-
-
-def forked(site: Site, x: Tensor, plan: Tensor) -> Tensor:
-    module, weights = site.module, site.weights
-    rest = (module.ranks, module.scalings, plan)
-    sizes = {"output_slices": module.output_slices, "max_rank": module.max_rank}
-    half = ops.lora_fork(x, weights.lora_a, *rest, **sizes)
-    y = site.base(x)
-    ops.lora_join_(y, half, x, weights.lora_b, *rest, **sizes)
-    return y
+    options = {"overlap": overlap, "batch_invariant": batch_invariant}
+    assert_same_bits(site(x, plan, **options), want)
+    assert_same_bits(site.forked(x, plan, **options), want)
 
 
 # ---- torch
@@ -161,8 +146,10 @@ def test_opcheck(device: str, layout: str) -> None:
     )
     torch.library.opcheck(
         torch.ops.lora_ext.lora_join_.default,
-        (torch.zeros(4, 16, device=device), half, rows, b, *rest, b_offsets),
+        (torch.zeros(4, 16, device=device), half, rows, a, b, *rest, a_offsets, b_offsets),
     )
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(RuntimeError, match="overlap"):
+        torch.ops.lora_ext.lora_fork(rows, a, *rest, a_offsets, False, True)
 
 
 @on_devices
@@ -254,9 +241,9 @@ def test_join_refuses_what_no_fork_returned(device: str) -> None:
     y = torch.zeros(4, 152, device=device)
     half = torch.ops.lora_ext.lora_fork(x, a, *rest, a_offsets)
     with pytest.raises(RuntimeError, match=r"forked is .* expected what lora_fork returned"):
-        torch.ops.lora_ext.lora_join_(y, half[1:], x, b, *rest, b_offsets)
+        torch.ops.lora_ext.lora_join_(y, half[1:], x, a, b, *rest, a_offsets, b_offsets)
     assert (y == 0).all()
-    torch.ops.lora_ext.lora_join_(y, half, x, b, *rest, b_offsets)
+    torch.ops.lora_ext.lora_join_(y, half, x, a, b, *rest, a_offsets, b_offsets)
 
 
 # ---- what only a GPU has
@@ -265,7 +252,8 @@ def test_join_refuses_what_no_fork_returned(device: str) -> None:
 CALLS: dict[str, Callable[[Site, Tensor, Tensor], Tensor]] = {
     "behind": lambda site, x, plan: site(x, plan, overlap=False),
     "beside": lambda site, x, plan: site(x, plan, overlap=True),
-    "forked": forked,
+    "forked": lambda site, x, plan: site.forked(x, plan),
+    "forked, beside": lambda site, x, plan: site.forked(x, plan, overlap=True),
 }
 
 
@@ -371,7 +359,6 @@ def test_streams_do_not_disturb_each_other(call: Any) -> None:
 
 @pytest.mark.gpu
 def test_a_capture_that_is_the_first_call_of_its_stream() -> None:
-    """Its second stream is made while the capture is in force."""
     site = Site(torch.bfloat16, "cuda", in_features=2048)
     x, plan = site.x(9), make_batch([0, 1, 3] * 3, len(RANKS), "cuda").plan
     want = site(x, plan, overlap=True)

@@ -117,21 +117,17 @@ int64_t apply_workspace(const ApplyParams& p) {
 int apply_shrink(const ApplyParams& p) {
   const ApplyShape shape = apply_shape_of(p);
   ApplyConfig config = apply_config(shape);
-  if (!config.decode) {
-    return shrink(shrink_of(p));
-  }
   config.shared_percent = shrink_beside_product_percent(shape, config.shared_percent);
   return decode_shrink(p, config);
 }
 
-int apply_expand(const ApplyParams& p, bool after_shrink) {
-  const ApplyConfig config = apply_config_of(p);
-  if (config.decode) {
-    return decode_expand(p, config, after_shrink);
-  }
-  ExpandParams up = expand_of(p);
-  up.after_xa = after_shrink && p.dtype != DType::kFloat32;
-  return expand(up);
+int apply_expand(const ApplyParams& p) { return decode_expand(p, apply_config_of(p), false); }
+
+// The kernels for more tokens, and wide tiles, are not taken apart: they know of A, B and y
+// together how to add up.
+bool apply_has_halves(const ApplyParams& p) {
+  const ApplyShape shape = apply_shape_of(p);
+  return apply_config(shape).decode && !decode_is_wide(shape);
 }
 
 bool apply_runs_beside(const ApplyParams& p) { return apply_config_of(p).decode && has_vectors(p); }

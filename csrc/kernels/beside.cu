@@ -1,3 +1,6 @@
+#include <mutex>
+#include <unordered_map>
+
 #include "kernels/beside.h"
 #include "kernels/launch.cuh"
 
@@ -62,19 +65,54 @@ bool is_whole_kernel(cudaGraphNode_t node) {
   return whole;
 }
 
-}  // namespace
-
-void* last_captured(void* stream) {
+// What the stream's capture ends in, null where that is no single node; nothing without a capture.
+std::optional<cudaGraphNode_t> last_captured(void* stream) {
   cudaStreamCaptureStatus status{};
   const cudaGraphNode_t* nodes = nullptr;
   size_t count = 0;
-  const bool known =
-      succeeds(get_capture(static_cast<cudaStream_t>(stream), &status, &nodes, &count));
-  return known && status == cudaStreamCaptureStatusActive && count == 1 ? nodes[0] : nullptr;
+  if (!succeeds(get_capture(static_cast<cudaStream_t>(stream), &status, &nodes, &count)) ||
+      status != cudaStreamCaptureStatusActive) {
+    return std::nullopt;
+  }
+  return count == 1 ? nodes[0] : nullptr;
+}
+
+struct Kept {
+  std::mutex mutex;
+  std::unordered_map<const void*, void*> nodes;
+};
+
+// Never destroyed: another thread may still be capturing when the process ends.
+Kept& kept() {
+  static auto* const all = new Kept;
+  return *all;
+}
+
+}  // namespace
+
+bool keep_last_captured(void* stream, const void* key) {
+  const std::optional<cudaGraphNode_t> last = last_captured(stream);
+  const std::lock_guard<std::mutex> lock(kept().mutex);
+  kept().nodes.erase(key);
+  if (last.has_value()) {
+    kept().nodes.emplace(key, *last);
+  }
+  return last.has_value();
+}
+
+std::optional<void*> take_last_captured(const void* key) {
+  const std::lock_guard<std::mutex> lock(kept().mutex);
+  const auto found = kept().nodes.find(key);
+  if (found == kept().nodes.end()) {
+    return std::nullopt;
+  }
+  void* const node = found->second;
+  kept().nodes.erase(found);
+  return node;
 }
 
 bool start_beside_last(void* stream, void* before) {
-  const auto last = static_cast<cudaGraphNode_t>(last_captured(stream));
+  const cudaGraphNode_t last = last_captured(stream).value_or(nullptr);
   if (last == nullptr || last == before || !device_properties().clusters ||
       !is_whole_kernel(last)) {
     return false;

@@ -3,13 +3,18 @@
 // may be one from where the last of its thread blocks began.
 #pragma once
 
+#include <optional>
+
 namespace lora_ext::cuda {
 
-// The node that a stream's capture ends in; null where there is no capture, or no single last node.
-void* last_captured(void* stream);
+// Keeps, under `key`, the node that a stream's capture ends in: null where there is no single last
+// one. Outside of a capture false, and what was kept there before is forgotten.
+bool keep_last_captured(void* stream, const void* key);
+// Takes it out again; nothing where none was kept since.
+std::optional<void*> take_last_captured(const void* key);
 
 // Lets the kernel that is captured next start when the last one's thread blocks all have: what that
-// one read is final, what it writes is not. Of the kernels since `before`, which last_captured said
+// one read is final, what it writes is not. Of the kernels since `before`, the node that was kept
 // then. False, and nothing has changed, where that cannot be had: outside of a capture, behind what
 // is no kernel, behind one that itself started before the end of another.
 bool start_beside_last(void* stream, void* before);

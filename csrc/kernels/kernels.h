@@ -17,10 +17,11 @@ int expand(const ExpandParams& params);
 int apply(const ApplyParams& params);
 // Whether its kernels can do with params.beside.
 bool apply_runs_beside(const ApplyParams& params);
-// Its halves, through the workspace. after_shrink: nothing is between them in the stream, so that
-// only the workspace is yet to come when the second begins.
+// Whether it is a shrink and an expand, through the workspace, whose results are its own bit for
+// bit; and those, where it is. Another kernel may be between them in the stream.
+bool apply_has_halves(const ApplyParams& params);
 int apply_shrink(const ApplyParams& params);
-int apply_expand(const ApplyParams& params, bool after_shrink);
+int apply_expand(const ApplyParams& params);
 int64_t apply_workspace(const ApplyParams& params);  // fp32 elements
 // A base layer with its apply, where linear_decode_takes says that one stream of W serves both;
 // the workspace is the apply's.

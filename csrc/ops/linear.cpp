@@ -1,13 +1,12 @@
-// lora_linear: a base layer and its adapters, y = x W^T + bias + scaling * (x A^T) B^T, with the
-// shrink beside the base product: both need x alone. lora_fork and lora_join_ are the halves for a
-// base layer that is not a plain product: fork, run it, join.
+// lora_linear: a base layer and its adapters, y = x W^T + bias + scaling * (x A^T) B^T, in one
+// stream of W, or with the shrink beside the base product: both need x alone. lora_fork and
+// lora_join_ are for a base layer that is not a plain product: fork, run it, join.
 #include <torch/csrc/stable/ops.h>
 
 #include <array>
 
 #include "kernels/apply_halves.h"
 #include "kernels/beside.h"
-#include "kernels/side_stream.h"
 #include "ops/apply.h"
 #include "ops/dispatch.h"
 
@@ -75,7 +74,8 @@ void shrink_on_cpu(const ApplyParams& params) { cpu::shrink_adapters(shrink_of(p
 void expand_on_cpu(const ApplyParams& params) { cpu::expand(expand_of(params)); }
 
 // The workspace is memory of the current stream, which uses it for other things only after it has
-// joined.
+// joined. It is there before the base layer, whose temporary memory a capture would hand out again
+// while the product, beside which the shrink may begin, is still using it.
 Tensor fork(const char* op, ApplyParams& params, const Tensor& x) {
   Tensor workspace = empty_accumulator(x, params.dtype, {workspace_elements(params, x)});
   params.workspace = workspace.mutable_data_ptr();
@@ -87,22 +87,24 @@ Tensor fork(const char* op, ApplyParams& params, const Tensor& x) {
 
 Tensor lora_fork(const Tensor x, const Tensors lora_a, const Tensor ranks, const Tensor scalings,
                  const Tensor plan, const std::vector<int64_t> output_slices, int64_t max_rank,
-                 const OptionalTensor a_offsets, bool batch_invariant) {
+                 const OptionalTensor a_offsets, bool batch_invariant, bool overlap) {
   ApplyParams params = apply_input(x, ranks, scalings, plan, output_slices, max_rank);
   params.batch_invariant = batch_invariant;
+  params.overlap = overlap;
   set_a(params, lora_a, a_offsets, x);
   return fork("lora_fork", params, x);
 }
 
-void lora_join_(const Tensor y, const Tensor forked, const Tensor x, const Tensors lora_b,
-                const Tensor ranks, const Tensor scalings, const Tensor plan,
+void lora_join_(const Tensor y, const Tensor forked, const Tensor x, const Tensors lora_a,
+                const Tensors lora_b, const Tensor ranks, const Tensor scalings, const Tensor plan,
                 const std::vector<int64_t> output_slices, int64_t max_rank,
-                const OptionalTensor b_offsets, bool batch_invariant) {
-  ApplyParams params = apply_input(x, ranks, scalings, plan, output_slices, max_rank);
-  params.batch_invariant = batch_invariant;
-  set_b(params, lora_b, b_offsets, x);
-  set_y(params, "y", y, x);
+                const OptionalTensor a_offsets, const OptionalTensor b_offsets,
+                bool batch_invariant, bool overlap) {
+  ApplyParams params = apply_params("y", y, x, lora_a, lora_b, ranks, scalings, plan, output_slices,
+                                    max_rank, a_offsets, b_offsets);
   params.y = y.mutable_data_ptr();
+  params.batch_invariant = batch_invariant;
+  params.overlap = overlap;
   const int64_t elements = workspace_elements(params, x);
   check(forked.dim() == 1 && forked.numel() == elements && forked.is_cuda() == x.is_cuda(),
         "forked is ", describe(forked), ", expected what lora_fork returned for these arguments, ",
@@ -127,43 +129,29 @@ Tensor base_layer(ApplyParams& params, const Tensor& x, const Tensor& rows, cons
   return y;
 }
 
-Tensor overlapped(ApplyParams& params, const Tensor& x, const Tensor& rows, const Tensor& weight,
-                  const OptionalTensor& bias) {
+// The adapters' shrink beside the base layer.
+Tensor beside(ApplyParams& params, const Tensor& x, const Tensor& rows, const Tensor& weight,
+              const OptionalTensor& bias) {
   const Tensor workspace = fork("lora_linear", params, rows);
   std::optional<Tensor> y;
   try {
     y = base_layer(params, x, rows, weight, bias);
   } catch (...) {
 #ifdef LORA_EXT_CUDA
-    if (x.is_cuda()) {  // the workspace is freed now
+    if (x.is_cuda() && has_work(params)) {  // the workspace is freed now
       const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-      cuda::join_stream(params.stream);
+      cuda::apply_abandon(params);
     }
 #endif
     throw;
   }
-  launch("lora_linear", rows, params, expand_on_cpu, kJoin);
+  if (has_work(params)) {
+    launch("lora_linear", rows, params, expand_on_cpu, kJoin);
+  }
   return *y;
 }
 
 #ifdef LORA_EXT_CUDA
-// The adapters behind the base layer; in a CUDA graph their shrink beside its end. The workspace is
-// there before the base layer, whose temporary memory the product may still be using when the
-// shrink begins.
-Tensor behind(ApplyParams& params, const Tensor& x, const Tensor& rows, const Tensor& weight,
-              const OptionalTensor& bias) {
-  const Tensor workspace =
-      empty_accumulator(rows, params.dtype, {workspace_elements(params, rows)});
-  params.workspace = workspace.mutable_data_ptr();
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  void* const stream = current_stream(x.get_device_index());
-  void* const before = cuda::last_captured(stream);
-  Tensor y = base_layer(params, x, rows, weight, bias);
-  params.beside = cuda::apply_runs_beside(params) && cuda::start_beside_last(stream, before);
-  launch("lora_linear", rows, params, nullptr, cuda::apply);
-  return y;
-}
-
 // Base layer and adapters in one stream of the weights; nothing where that is not to be had.
 std::optional<Tensor> streamed(const ApplyParams& params, const Tensor& x, const Tensor& weight,
                                const OptionalTensor& bias) {
@@ -211,18 +199,15 @@ Tensor lora_linear(const Tensor x, const Tensor weight, const OptionalTensor bia
   set_a(params, lora_a, a_offsets, rows);
   set_b(params, lora_b, b_offsets, rows);
   check_base(params, rows, weight, bias);
+  params.overlap = overlap;
 #ifdef LORA_EXT_CUDA
   if (x.is_cuda() && has_work(params) && !overlap) {
-    const std::optional<Tensor> y = streamed(params, x, weight, bias);
-    return y.has_value() ? *y : behind(params, x, rows, weight, bias);
+    if (const std::optional<Tensor> y = streamed(params, x, weight, bias)) {
+      return *y;
+    }
   }
 #endif
-  if (has_work(params) && overlap) {
-    return overlapped(params, x, rows, weight, bias);
-  }
-  Tensor y = base_layer(params, x, rows, weight, bias);
-  run_apply("lora_linear", params, rows);
-  return y;
+  return beside(params, x, rows, weight, bias);
 }
 
 }  // namespace

@@ -49,10 +49,10 @@ def lora_linear(
     ``batch_invariant`` or ``overlap`` is asked for, they are.
 
     Args:
-        overlap: on a GPU, whether the shrink runs beside the base product, on a stream of its own
-            that starts and ends with this op. The bits are those of torch's product and
-            ``lora_apply_`` behind it. The fork and the join cost more than that saves in the layers
-            measured so far (docs/kernels.md).
+        overlap: on a GPU, whether the shrink of up to 256 tokens runs beside the base product, on
+            a stream of its own that starts and ends with this op. The bits are those of torch's
+            product and ``lora_apply_`` behind it. In a CUDA graph the shrink runs beside the
+            product's end whether asked for or not.
     """
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias, *lora_a, *lora_b)
@@ -103,16 +103,31 @@ def lora_fork(
     max_rank: int,
     a_offsets: Tensor | None = None,
     batch_invariant: bool = False,
+    overlap: bool = False,
 ) -> Tensor:
-    """Start the first half of an apply on a second stream, beside what is queued next.
+    """Make ready for an apply whose first half runs beside the base layer that is queued next.
 
     For base layers that are no plain product (quantised ones): fork, run the base layer, then
-    :func:`lora_join_`. The result is for ``lora_join_`` alone: its size and layout are the kernels'
-    own. Until then it, x and ``lora_a`` must not be freed or written to; where the base layer
-    fails, synchronise before they are.
+    :func:`lora_join_`. In a CUDA graph the first half begins as soon as the last thread block of
+    the base layer's last kernel has. The result is for ``lora_join_`` alone: its size and layout
+    are the kernels' own. Until then it, x and ``lora_a`` must not be freed or written to; where the
+    base layer fails, synchronise before they are.
+
+    Args:
+        overlap: whether it begins now, on a second stream, where no graph is captured. Not in a
+            compiled function, whose compiler moves memory about without knowing of that stream.
     """
     forked: Tensor = _lora_fork(
-        x, lora_a, ranks, scalings, plan, output_slices, max_rank, a_offsets
+        x,
+        lora_a,
+        ranks,
+        scalings,
+        plan,
+        output_slices,
+        max_rank,
+        a_offsets,
+        batch_invariant,
+        overlap and not torch.compiler.is_compiling(),
     )
     return forked
 
@@ -121,6 +136,7 @@ def lora_join_(
     y: Tensor,
     forked: Tensor,
     x: Tensor,
+    lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     ranks: Tensor,
     scalings: Tensor,
@@ -128,14 +144,17 @@ def lora_join_(
     *,
     output_slices: Sequence[int],
     max_rank: int,
+    a_offsets: Tensor | None = None,
     b_offsets: Tensor | None = None,
     batch_invariant: bool = False,
+    overlap: bool = False,
 ) -> None:
-    """Wait, on the device, for what :func:`lora_fork` started, and add it to ``y [T, >= sum N_i]``.
+    """Add the adapters to ``y [T, >= sum N_i]``, with the bits of ``lora_apply_``; what
+    :func:`lora_fork` started is waited for on the device.
 
     The arguments are those of the fork, on the same current stream. Inference only.
     """
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, *lora_b)):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, *lora_a, *lora_b)):
         raise RuntimeError(
             "lora_join_ writes in place and is for inference, but an argument requires grad; "
             "use lora_ext.ops.lora_apply, which is functional, or run under torch.no_grad()"
@@ -144,18 +163,26 @@ def lora_join_(
         y,
         forked,
         x,
+        lora_a,
         lora_b,
         ranks,
         scalings,
         plan,
         output_slices,
         max_rank,
+        a_offsets,
         b_offsets,
         batch_invariant,
+        overlap and not torch.compiler.is_compiling(),
     )
 
 
 # ---- fake implementations: the checks are those of lora_apply_'s
+
+
+def _refuse_overlap(op: str, overlap: bool) -> None:
+    if overlap:
+        raise RuntimeError(f"{op} cannot be traced with overlap=True")
 
 
 @torch.library.register_fake("lora_ext::lora_linear")
@@ -204,7 +231,9 @@ def _(
     max_rank: int,
     a_offsets: Tensor | None = None,
     batch_invariant: bool = False,
+    overlap: bool = False,
 ) -> Tensor:
+    _refuse_overlap("lora_fork", overlap)
     num_slices = len(output_slices)
     _ops.lora_shrink(x, lora_a, ranks, scalings, plan, num_slices, max_rank, a_offsets)
     size = torch.library.get_ctx().new_dynamic_size()
@@ -216,14 +245,30 @@ def _(
     y: Tensor,
     forked: Tensor,
     x: Tensor,
+    lora_a: Sequence[Tensor],
     lora_b: Sequence[Tensor],
     ranks: Tensor,
     scalings: Tensor,
     plan: Tensor,
     output_slices: Sequence[int],
     max_rank: int,
+    a_offsets: Tensor | None = None,
     b_offsets: Tensor | None = None,
     batch_invariant: bool = False,
+    overlap: bool = False,
 ) -> None:
-    xa = y.new_empty((y.shape[0], len(output_slices) * max_rank), dtype=forked.dtype)
-    _ops.lora_expand_(y, xa, lora_b, ranks, plan, output_slices, max_rank, b_offsets)
+    _refuse_overlap("lora_join_", overlap)
+    _ops.lora_apply_(
+        y,
+        x,
+        lora_a,
+        lora_b,
+        ranks,
+        scalings,
+        plan,
+        output_slices,
+        max_rank,
+        a_offsets,
+        b_offsets,
+        batch_invariant,
+    )

@@ -43,7 +43,8 @@ class LoRABackend(BatchPreparation):
         logprobs_chunk_size: rows of each pass where the engine calls lm_head for parts of the
             pruned rows; None: one pass.
         overlap: whether ``forward_with_base`` runs the first half of its work beside the base
-            layer, on a second stream of the GPU. The bits are the same.
+            layer, on a second stream of the GPU, where no graph is captured. In a graph that half
+            runs beside the base layer's end in any case. The bits are the same.
 
     Attributes:
         batch_info: of the batch prepared last; None: none, and layers compute their base.
@@ -299,9 +300,12 @@ class LoRABackend(BatchPreparation):
         return output
 
     def _forward_linear(self, base_fn: Callable[[], Tensor], site: Site) -> Tensor:
-        """Run a base layer and add its adapters, the first half of that beside it if asked to."""
-        if site.is_active and self.overlap:
-            return site.run_beside(base_fn, batch_invariant=self.batch_invariant)
+        """Run a base layer and add its adapters, the first half of that beside it in a graph, or if
+        asked to."""
+        if site.is_active and (self.overlap or site.info.use_cuda_graph):
+            return site.run_beside(
+                base_fn, batch_invariant=self.batch_invariant, overlap=self.overlap
+            )
         return self._add(base_fn(), site)
 
     def _site(

@@ -50,17 +50,22 @@ class Site(NamedTuple):
             batch_invariant=batch_invariant,
         )
 
-    def run_beside(self, base_fn: Callable[[], Tensor], *, batch_invariant: bool) -> Tensor:
-        """Run the base layer with the shrink beside it, and expand into its result."""
+    def run_beside(
+        self, base_fn: Callable[[], Tensor], *, batch_invariant: bool, overlap: bool
+    ) -> Tensor:
+        """Run the base layer with the shrink beside it, and expand into its result; where no graph
+        is captured, only with ``overlap``."""
+        lora_a = [self.lora_a]
         rest = (self.info.lora_ranks, self.info.scalings, self.info.plan)
         max_rank = self.lora_b.shape[-1]
         forked = ops.lora_fork(
             self.x,
-            [self.lora_a],
+            lora_a,
             *rest,
             output_slices=self.widths,
             max_rank=max_rank,
             batch_invariant=batch_invariant,
+            overlap=overlap,
         )
         try:
             output = base_fn()
@@ -74,10 +79,12 @@ class Site(NamedTuple):
             output,
             forked,
             self.x,
+            lora_a,
             [first_rows(self.lora_b, sum(self.widths))],
             *rest,
             output_slices=self.widths,
             max_rank=max_rank,
             batch_invariant=batch_invariant,
+            overlap=overlap,
         )
         return output

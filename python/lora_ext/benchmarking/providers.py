@@ -114,7 +114,6 @@ class LoRALinear(LoRAExt):
     """This library's operator for base product and adapters together, for whole sites."""
 
     name = "lora_linear"
-    overlap: ClassVar[bool] = False
 
     def __init__(
         self, site: Site, workload: Workload, device: torch.device, dtype: torch.dtype
@@ -135,16 +134,23 @@ class LoRALinear(LoRAExt):
             self.plan,
             self.site.output_slices,
             self.workload.max_rank,
-            overlap=self.overlap,
         )
         return y
 
 
-class LoRALinearOverlap(LoRALinear):
-    """The same with the shrink beside the base product, on a stream of its own."""
+class LoRAForked(LoRAExt):
+    """This library's adapters around a base product that it does not see, for whole sites."""
 
-    name = "lora_overlap"
-    overlap = True
+    name = "lora_forked"
+
+    def linear(self, x: Tensor, weight: Tensor, weights: Any) -> Tensor:
+        rest = (self.ranks, self.scalings, self.plan)
+        slices, max_rank = self.site.output_slices, self.workload.max_rank
+        a, b = [weights[0]], [weights[1]]
+        forked = ops.lora_fork(x, a, *rest, output_slices=slices, max_rank=max_rank)
+        y = torch.mm(x, weight.T)
+        ops.lora_join_(y, forked, x, a, b, *rest, output_slices=slices, max_rank=max_rank)
+        return y
 
 
 class TorchLoop(DenseProvider):
@@ -273,7 +279,7 @@ def dense_providers() -> dict[str, type[DenseProvider]]:
 def site_providers() -> dict[str, type[DenseProvider]]:
     """Those that can stand behind or take over a base product inside a model."""
     after = {name: provider for name, provider in dense_providers().items() if name != Peft.name}
-    return {LoRALinear.name: LoRALinear, LoRALinearOverlap.name: LoRALinearOverlap, **after}
+    return {LoRALinear.name: LoRALinear, LoRAForked.name: LoRAForked, **after}
 
 
 def make_plan(workload: Workload, device: torch.device) -> Tensor:
