@@ -54,8 +54,10 @@ bool is_whole_kernel(cudaGraphNode_t node) {
   cudaGraphEdgeData edges[kMostEdges];
   size_t count = 0;
   if (!succeeds(cudaGraphNodeGetType(node, &type)) || type != cudaGraphNodeTypeKernel ||
-      !succeeds(kGetDependencies(node, nullptr, nullptr, &count)) || count > kMostEdges ||
-      !succeeds(kGetDependencies(node, nodes, edges, &count))) {
+      !succeeds(kGetDependencies(node, nullptr, nullptr, &count)) || count > kMostEdges) {
+    return false;
+  }
+  if (count > 0 && !succeeds(kGetDependencies(node, nodes, edges, &count))) {  // 0 is refused
     return false;
   }
   bool whole = true;
