@@ -143,10 +143,10 @@ def test_a_low_rank_puts_the_ctas_of_a_high_one_to_work_on_pieces_of_k(
     # No more CTAs, and no more room for sums, than there are.
     assert low.groups * low.pieces <= row_groups * parts
     assert low.pieces * low.stride <= parts * most_rows * 16
-    # As many as fit, but no more than twelve to add up.
+    # As many as fit, but no more than sixteen to add up.
     each = low.pieces // parts
-    assert each * parts == low.pieces <= max(parts, 12)
-    assert (each + 1) * low.groups > row_groups or (each + 1) * parts > 12
+    assert each * parts == low.pieces <= 16
+    assert (each + 1) * low.groups > row_groups or (each + 1) * parts > 16
 
 
 @given(tokens=st.lists(TOKENS, min_size=2, max_size=4), **APPLY)

@@ -122,9 +122,8 @@ struct TileShares {
       : groups((rows + (1 << group_rows_log) - 1) >> group_rows_log),
         pieces(parts),
         stride((groups << group_rows_log) * kTileTokens) {
-    constexpr int kMostPieces = SplitRules::kMostParts * 3 / 4;
     if (2 * groups <= row_groups && groups > 0) {  // else no division, which somebody waits for
-      const int most = small_quotient(kMostPieces, parts);
+      const int most = small_quotient(SplitRules::kMostParts, parts);
       const int each = small_quotient(row_groups, groups);
       pieces *= each < most ? each : most > 1 ? most : 1;
     }
