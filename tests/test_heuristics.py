@@ -379,6 +379,13 @@ def test_the_decode_expand_streams_where_its_grid_would_be_large(**shape: int) -
     assert (ctas[0] == 0) == (shape["blocks"] <= most)  # one token, one tile
 
 
+def test_a_small_expand_lets_the_next_kernel_start_at_once() -> None:
+    small = {"num_tokens": 32, "ctas": 264, "max_rank": 16, "sm_count": 132}
+    assert testing.expand_launches_next(**small)
+    for more in ({"num_tokens": 33}, {"ctas": 265}, {"max_rank": 17}, {"sm_count": 131}):
+        assert not testing.expand_launches_next(**{**small, **more})
+
+
 def test_an_embedding_of_few_tokens_needs_no_tiles() -> None:
     assert testing.embedding_is_few(num_tokens=8)
     assert not testing.embedding_is_few(num_tokens=9)

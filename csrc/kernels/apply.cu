@@ -73,7 +73,9 @@ cudaError_t launch_expand(const ApplyParams& p, const ApplyConfig& config, bool 
                                   : decode_expand_stream_kernel<T, Y, kChunk>,
                          shape, p.stream, d);
   }
-  shape.grid = dim3(static_cast<unsigned>(num_tiles(p) * d.blocks_per_tile));
+  const int64_t ctas = num_tiles(p) * d.blocks_per_tile;
+  d.launches_next = expand_launches_next(p.num_tokens, ctas, p.max_rank, device.sm_count);
+  shape.grid = dim3(static_cast<unsigned>(ctas));
   shape.shared_bytes = DecodeExpandTraits<Y, kChunk>::shared_bytes(p.max_rank);
   shape.shared_percent = config.shared_percent;
   return launch_kernel(p.beside     ? decode_expand_kernel<T, Y, kChunk, false, true>

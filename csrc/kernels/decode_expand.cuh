@@ -24,7 +24,8 @@ struct alignas(64) DecodeExpandParams {
   const int64_t* b_offsets;  // flat layout, else null
   int32_t blocks_per_tile;
   bool vector_y;
-  bool after_shrink;  // the kernel before is the shrink, which waited for all before it
+  bool after_shrink;   // the kernel before is the shrink, which waited for all before it
+  bool launches_next;  // at once, not from where it waits
   struct alignas(32) {
     const void* b;
     int64_t slot_stride, row_stride;
@@ -406,6 +407,9 @@ __global__ void __launch_bounds__(kExpandThreads, kChunk == 4 ? 5 : 4)
   int slice = 0, block = blockIdx.x % p.blocks_per_tile;
   while (block >= p.slices[slice].blocks) {
     block -= p.slices[slice++].blocks;
+  }
+  if (p.launches_next) {
+    device::grid_dependency_launch();
   }
   DecodeTile t;
   int num_tiles;

@@ -172,6 +172,8 @@ void bind_shrink_wgmma(py::module_& m) {
 void bind_expand(py::module_& m) {
   m.def("decode_stream_ctas", &decode_stream_ctas, py::kw_only(), "num_tokens"_a, "num_slots"_a,
         "blocks"_a, "max_rank"_a, "resident"_a, "sm_count"_a);
+  m.def("expand_launches_next", &expand_launches_next, py::kw_only(), "num_tokens"_a, "ctas"_a,
+        "max_rank"_a, "sm_count"_a);
   m.def("expand_walks", &expand_walks, py::kw_only(), "num_tokens"_a, "row_steps"_a, "resident"_a);
   m.def("expand_streams", &expand_streams, py::kw_only(), "num_tokens"_a, "max_rank"_a);
   m.def("embedding_is_few", &embedding_is_few, py::kw_only(), "num_tokens"_a);
