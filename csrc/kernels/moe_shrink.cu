@@ -119,8 +119,13 @@ __global__ void __launch_bounds__(kMoeThreads, kRowBlocks == 4 && !kWide ? 2 : 3
     }
     if (many) {
       __syncthreads();  // the tile's pairs
-      shrink_many<T, Traits::kManyBlocks, Traits::kSharedBytes, kVector>(
-          p, work, a, matrix.row_stride, scale, shared, buffer);
+      if (work.count <= kMoeTilePairs / 2) {
+        shrink_many<T, Traits::kManyBlocks, kMoeTilePairs / 2, Traits::kSharedBytes, kVector>(
+            p, work, a, matrix.row_stride, scale, shared, buffer);
+      } else {
+        shrink_many<T, Traits::kManyBlocks, kMoeTilePairs, Traits::kSharedBytes, kVector>(
+            p, work, a, matrix.row_stride, scale, shared, buffer);
+      }
     } else if (work.count <= 8) {
       shrink_few<T, kRowBlocks, 1, Traits::kSharedBytes, kVector>(p, work, a, matrix.row_stride,
                                                                   scale, shared, buffer);

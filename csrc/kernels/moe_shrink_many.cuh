@@ -13,15 +13,18 @@
 namespace lora_ext::cuda {
 
 // Steps of 64 values of K pass through shared memory, several ahead; no warp reads what another one
-// could have read for it.
-template <typename T, int kBlocks, int kBufferBytes, bool kVector>
+// could have read for it. Of up to kPairs pairs: the fewer have room, the more steps do.
+template <typename T, int kBlocks, int kPairs, int kBufferBytes, bool kVector>
 __device__ __forceinline__ void shrink_many(const MoeShrinkParams& p, const MoeShrinkWork& work,
                                             const T* a, int64_t a_stride, float scale,
                                             MoeShrinkShared& shared, unsigned char* buffer) {
   constexpr int kPiece = 64;  // values of K, 128 bytes of a row, which the swizzle spans
-  constexpr int kStageBytes = (16 * kBlocks + kMoeTilePairs) * kPiece * 2;
-  constexpr int kStages = kBufferBytes / kStageBytes;
-  constexpr int kCopyRows = kMoeThreads / 8, kCopiesX = kMoeTilePairs / kCopyRows;
+  constexpr int kStageBytes = (16 * kBlocks + kPairs) * kPiece * 2;
+  // Products read 64 rows of x, so behind the last stage there is as much as they go beyond it.
+  constexpr int kWeightsAt = kPairs * kPiece * 2;
+  constexpr int kBeyond = kMoeTilePairs * kPiece * 2 - kStageBytes;
+  constexpr int kStages = (kBufferBytes - (kBeyond > 0 ? kBeyond : 0)) / kStageBytes;
+  constexpr int kCopyRows = kMoeThreads / 8, kCopiesX = kPairs / kCopyRows;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4,
             q = lane % 4;
   // The rows that this thread copies are fixed: only an offset moves.
@@ -54,18 +57,18 @@ __device__ __forceinline__ void shrink_many(const MoeShrinkParams& p, const MoeS
   const auto fetch = [&] {
     if (k < work.k_end) {
       unsigned char* to = buffer + fill_at + swizzled;
+#pragma unroll
+      for (int i = 0; i < kCopiesX; ++i) {
+        if (x_rows[i] != nullptr) {
+          copy(to + kCopyRows * i * 128, x_rows[i], k);
+        }
+      }
+      to += kWeightsAt;
       const T* from = a_row;
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i, from += a_step) {
         if (kCopyRows * i < rows_left) {
           copy(to + kCopyRows * i * 128, from, k);
-        }
-      }
-      to += kBlocks * 16 * 128;
-#pragma unroll
-      for (int i = 0; i < kCopiesX; ++i) {
-        if (x_rows[i] != nullptr) {
-          copy(to + kCopyRows * i * 128, x_rows[i], k);
         }
       }
       k += kPiece;
@@ -102,8 +105,8 @@ __device__ __forceinline__ void shrink_many(const MoeShrinkParams& p, const MoeS
     device::wgmma_wait<0>();
     __syncthreads();  // this step's data are there, and the products of the stage that is filled
                       // next are done
-    const uint64_t weights = device::swizzled_tile(buffer + use_at);
-    const uint64_t tokens = device::swizzled_tile(buffer + use_at + kBlocks * 16 * 128);
+    const uint64_t weights = device::swizzled_tile(buffer + use_at + kWeightsAt);
+    const uint64_t tokens = device::swizzled_tile(buffer + use_at);
     device::wgmma_fence();
 #pragma unroll
     for (int kk = 0; kk < kPiece / 16; ++kk) {
@@ -141,7 +144,8 @@ __device__ __forceinline__ void shrink_many(const MoeShrinkParams& p, const MoeS
   }
 #else
   constexpr int kRowGroups = kBlocks == 1 ? 1 : 2, kPairGroups = kMoeWarps / kRowGroups;
-  constexpr int kOwnBlocks = kBlocks / kRowGroups, kOwnPairs = kMoeTilePairs / 16 / kPairGroups;
+  constexpr int kOwnBlocks = kBlocks / kRowGroups,
+                kOwnPairs = (kPairs / 16 + kPairGroups - 1) / kPairGroups;
   const int row_group = warp % kRowGroups, pair_group = warp / kRowGroups;
   float acc[kOwnBlocks][2 * kOwnPairs][4] = {};
 #pragma unroll 1
@@ -150,8 +154,8 @@ __device__ __forceinline__ void shrink_many(const MoeShrinkParams& p, const MoeS
     __syncthreads();  // this step's data are there, and every warp is done with the stage that is
                       // filled next
     fetch();
-    const unsigned char* weights = buffer + use_at;
-    const unsigned char* tokens = weights + kBlocks * 16 * 128;
+    const unsigned char* tokens = buffer + use_at;
+    const unsigned char* weights = tokens + kWeightsAt;
 #pragma unroll
     for (int kk = 0; kk < kPiece / 16; ++kk) {
       uint32_t w[kOwnBlocks][4];
