@@ -132,6 +132,25 @@ def test_lanes_without_a_pair_share_parts_of_k_where_those_are_many() -> None:
     assert not testing.moe_expand_shares_splits(splits=16, max_rank=128)
 
 
+@pytest.mark.parametrize(
+    ("many", "num_pairs", "num_groups", "max_rank", "splits"),
+    [
+        (False, 1024, 64, 16, 4),
+        (True, 1024, 64, 16, 8),
+        (True, 1024, 64, 64, 4),
+        (False, 512, 32, 64, 8),
+        (False, 1024, 65, 64, 8),
+        (True, 1040, 65, 16, 1),
+        (False, 4096, 1024, 16, 1),
+        (True, 4096, 1024, 17, 1),
+        (False, 2048, 1024, 64, 1),
+        (False, 16384, 1, 65, 8),
+    ],
+)
+def test_the_moe_expand_of_many_pairs(many: bool, **shape: int) -> None:
+    assert testing.moe_expand_is_many(**shape) == many
+
+
 @given(
     num_pairs=PAIRS,
     num_groups=GROUPS,

@@ -104,6 +104,26 @@ def test_groups_of_every_size(device, ranks):
         check_apply(*tensors(module, batch, False, gen), module, batch)
 
 
+# More columns than a block of the expand takes, for tiles of every height, by 16 bytes and not.
+@pytest.mark.parametrize("ranks", [[64, 40, 33], [32, 17], [16, 5]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_wide_outputs_of_many_pairs(device, dtype, ranks):
+    gen = generator("wide", dtype, ranks)
+    sizes = [1, 15, 17, 32, 33, 64, 130, 900]
+    module = make_moe(ranks, len(sizes), 64, [520, 136, 5], dtype, device)
+    ids = torch.tensor([e for e, size in enumerate(sizes) for _ in range(size)])[:, None]
+    batch = route(ids[torch.randperm(len(ids), generator=gen)], [1] * len(ids), module, device)
+    y, x = tensors(module, batch, False, gen)
+    check_apply(y, x, module, batch)
+    narrower = make_moe(ranks, len(sizes), 64, [520, 136], dtype, device)
+    y, x = tensors(narrower, batch, False, gen)
+    check_apply(y, x, narrower, batch)
+    first, again = y.clone(), misaligned(y)
+    apply_(first, x, narrower, narrower.weights(), batch)
+    apply_(again, x, narrower, narrower.weights(), batch)
+    assert_same_bits(again, first)
+
+
 @pytest.mark.parametrize("y_dtype", HALVES_AND_FP32)
 def test_any_dtype_of_y(device, y_dtype):
     for dtype in dtypes_on(device):

@@ -48,9 +48,11 @@ __device__ __forceinline__ void fewer_registers() {
 }
 
 // d[64 x N] += a[64 x 16] b[N x 16]^T, asynchronously. With g = lane / 4, q = lane % 4, warp w of
-// the four: d[4 n + 2 h + e] is row 16 w + 8 h + g, column 8 n + 2 q + e.
+// the four: d[4 n + 2 h + e] is row 16 w + 8 h + g, column 8 n + 2 q + e. d is overwritten where
+// `first`.
 template <typename T, int kColumns>
-__device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], uint64_t a, uint64_t b);
+__device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], uint64_t a, uint64_t b,
+                                      bool first = false);
 
 #define LORA_EXT_REGISTERS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define LORA_EXT_REGISTERS_16        \
@@ -88,31 +90,32 @@ __device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], uint64_t a, uint
 #define LORA_EXT_SUMS_48(i) LORA_EXT_SUMS_32(i), LORA_EXT_SUMS_16(i + 32)
 #define LORA_EXT_SUMS_64(i) LORA_EXT_SUMS_32(i), LORA_EXT_SUMS_32(i + 32)
 #define LORA_EXT_SUMS_96(i) LORA_EXT_SUMS_64(i), LORA_EXT_SUMS_32(i + 64)
-#define LORA_EXT_WGMMA(T, type, columns, registers, a_operand, b_operand)                          \
-  template <>                                                                                      \
-  __device__ __forceinline__ void wgmma<T, columns>(float(&d)[registers], uint64_t a,              \
-                                                    uint64_t b) {                                  \
-    asm volatile(                                                                                  \
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                                 \
-        "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type                      \
-        " {" LORA_EXT_REGISTERS_##registers "}, " a_operand ", " b_operand ", p, 1, 1, 0, 0;\n}\n" \
-        : LORA_EXT_SUMS_##registers(0)                                                             \
-        : "l"(a), "l"(b));                                                                         \
+#define LORA_EXT_WGMMA(T, type, columns, registers, a_operand, b_operand, first)                  \
+  template <>                                                                                     \
+  __device__ __forceinline__ void wgmma<T, columns>(float(&d)[registers], uint64_t a, uint64_t b, \
+                                                    bool first_) {                                \
+    asm volatile("{\n.reg .pred p;\nsetp.eq.b32 p, " first                                        \
+                 ", 0;\n"                                                                         \
+                 "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type            \
+                 " {" LORA_EXT_REGISTERS_##registers "}, " a_operand ", " b_operand               \
+                                                     ", p, 1, 1, 0, 0;\n}\n"                      \
+                 : LORA_EXT_SUMS_##registers(0)                                                   \
+                 : "l"(a), "l"(b), "r"(static_cast<int>(first_)));                                \
   }
-LORA_EXT_WGMMA(__nv_bfloat16, "bf16", 16, 8, "%8", "%9")
-LORA_EXT_WGMMA(__half, "f16", 16, 8, "%8", "%9")
-LORA_EXT_WGMMA(__nv_bfloat16, "bf16", 48, 24, "%24", "%25")
-LORA_EXT_WGMMA(__half, "f16", 48, 24, "%24", "%25")
-LORA_EXT_WGMMA(__nv_bfloat16, "bf16", 32, 16, "%16", "%17")
-LORA_EXT_WGMMA(__half, "f16", 32, 16, "%16", "%17")
-LORA_EXT_WGMMA(__nv_bfloat16, "bf16", 64, 32, "%32", "%33")
-LORA_EXT_WGMMA(__half, "f16", 64, 32, "%32", "%33")
-LORA_EXT_WGMMA(__nv_bfloat16, "bf16", 96, 48, "%48", "%49")
-LORA_EXT_WGMMA(__half, "f16", 96, 48, "%48", "%49")
-LORA_EXT_WGMMA(__nv_bfloat16, "bf16", 128, 64, "%64", "%65")
-LORA_EXT_WGMMA(__half, "f16", 128, 64, "%64", "%65")
-LORA_EXT_WGMMA(__nv_bfloat16, "bf16", 192, 96, "%96", "%97")
-LORA_EXT_WGMMA(__half, "f16", 192, 96, "%96", "%97")
+LORA_EXT_WGMMA(__nv_bfloat16, "bf16", 16, 8, "%8", "%9", "%10")
+LORA_EXT_WGMMA(__half, "f16", 16, 8, "%8", "%9", "%10")
+LORA_EXT_WGMMA(__nv_bfloat16, "bf16", 48, 24, "%24", "%25", "%26")
+LORA_EXT_WGMMA(__half, "f16", 48, 24, "%24", "%25", "%26")
+LORA_EXT_WGMMA(__nv_bfloat16, "bf16", 32, 16, "%16", "%17", "%18")
+LORA_EXT_WGMMA(__half, "f16", 32, 16, "%16", "%17", "%18")
+LORA_EXT_WGMMA(__nv_bfloat16, "bf16", 64, 32, "%32", "%33", "%34")
+LORA_EXT_WGMMA(__half, "f16", 64, 32, "%32", "%33", "%34")
+LORA_EXT_WGMMA(__nv_bfloat16, "bf16", 96, 48, "%48", "%49", "%50")
+LORA_EXT_WGMMA(__half, "f16", 96, 48, "%48", "%49", "%50")
+LORA_EXT_WGMMA(__nv_bfloat16, "bf16", 128, 64, "%64", "%65", "%66")
+LORA_EXT_WGMMA(__half, "f16", 128, 64, "%64", "%65", "%66")
+LORA_EXT_WGMMA(__nv_bfloat16, "bf16", 192, 96, "%96", "%97", "%98")
+LORA_EXT_WGMMA(__half, "f16", 192, 96, "%96", "%97", "%98")
 #undef LORA_EXT_WGMMA
 
 // The same with a in registers, of which lanes hold a[16 w + g + 8 (i % 2)][8 (i / 2) + 2 q ..] in

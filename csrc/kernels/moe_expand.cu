@@ -1,22 +1,25 @@
 // y += xa B^T for tiles of pairs of one (slot, expert): what moves is B, and y read and written.
 //
-// Two kernels, the same products in the same order. With few pairs in a batch, here: a warp serves
-// one tile and one unit of columns, and needs no other warp, so there is no barrier. B comes by
-// asynchronous copies to shared memory, where the same lane reads it for every eight pairs: on its
-// way it takes no registers, and no cache either, which the shrink beside it leaves little of. The
-// next eight rows of y and of xa are on their way meanwhile. With many pairs: moe_expand_many.cuh.
-// In both, B and the first rows of y are asked for before the wait for the shrink.
+// With few pairs in a batch, here: a warp serves one tile and one unit of columns, and needs no
+// other warp, so there is no barrier. B comes by asynchronous copies to shared memory, where the
+// warp reads it for every eight pairs: on its way it takes no registers, and no cache either, which
+// the shrink beside it leaves little of. The next eight rows of y and of xa are on their way
+// meanwhile. With many pairs: moe_expand_many.cuh, the same products in the same order, and on
+// sm_90a for ranks above 32 moe_expand_wgmma.cuh, in another order, whatever the addresses are. In
+// all, B and the first rows of y are asked for before the wait for the shrink.
 #include "kernels/moe_expand_many.cuh"
+#include "kernels/moe_expand_wgmma.cuh"
+#include "kernels/wide_apply.h"
 
 namespace lora_ext::cuda {
 namespace {
 
 constexpr int kRound = 8;  // pairs at a time
 
-// Of a block: kHeld steps of eight columns of each of kUnits units for each lane.
+// Of a block: the weights of each warp's kUnits units.
 template <int kChunk, int kHeld, int kUnits = 1>
 constexpr int held_bytes() {
-  return kMoeThreads * kUnits * kHeld * 8 * kChunk * 2;
+  return kMoeWarps * kUnits * UnitWeights<kChunk, kHeld>::kBytes;
 }
 
 // As many CTAs on an SM as registers hold without spilling.
@@ -41,10 +44,11 @@ __global__ void __launch_bounds__(
     kMoeThreads, (expand_min_blocks<T, Y, kChunk, kAll, kVector, kUnits, kShares>()))
     moe_expand_kernel(const __grid_constant__ MoeExpandParams p) {
   static_assert(kUnits == 1 || (kVector && kAll));
-  constexpr int kSpan = 4 * kChunk, kSlotBytes = kMoeThreads * kChunk * 2;
+  using Weights = UnitWeights<kChunk, kHeld>;
+  constexpr int kSpan = 4 * kChunk;
   extern __shared__ __align__(1024) unsigned char copies[];
-  unsigned char* const own = copies + threadIdx.x * kChunk * 2;  // [step][column][thread]
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  unsigned char* const own = copies + threadIdx.x / 32 * kUnits * Weights::kBytes;  // the warp's
   int unit = blockIdx.x * kMoeWarps + threadIdx.x / 32, slice = 0;
   while (slice < p.num_slices && unit >= p.slices[slice].units) {
     unit -= p.slices[slice++].units;
@@ -72,6 +76,7 @@ __global__ void __launch_bounds__(
       continue;
     }
     const int64_t row_stride = s.row_stride;
+    __syncwarp();  // no lane reads the tile before any more
     const T* b = static_cast<const T*>(s.b) + tile.slot * s.slot_stride +
                  tile.expert * s.expert_stride + (s.first_row + column) * row_stride;
     const auto load_weights = [&](device::Chunk<T, kChunk>(&to)[8], int j) {
@@ -81,22 +86,21 @@ __global__ void __launch_bounds__(
                                        column + i < width);
       }
     };
+    if constexpr (kVector) {
 #pragma unroll
-    for (int part = 0; part < kUnits * kHeld; ++part) {  // of a unit and step
-      const int step = part % kHeld, shift = part / kHeld * kUnitColumns;
-      if constexpr (kVector) {
-        const int j = step * kSpan + q * kChunk, valid = min(max(rank - j, 0), kChunk);
+      for (int u = 0; u < kUnits; ++u) {
+        const int first = (unit * kUnits + u) * kUnitColumns;
+        Weights::copy(own + u * Weights::kBytes, b + (u * kUnitColumns - 8 * g) * row_stride,
+                      row_stride, rank, width - first);
+      }
+    } else {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          copy_ranks<kChunk>(own + (8 * part + i) * kSlotBytes, b + (shift + i) * row_stride + j,
-                             column + shift + i < width ? valid : 0);
-        }
-      } else {
+      for (int step = 0; step < kHeld; ++step) {
         device::Chunk<T, kChunk> weights[8];
         load_weights(weights, step * kSpan);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          write_chunk(own + (8 * part + i) * kSlotBytes, weights[i]);
+          write_chunk(own + Weights::at(i, step, g, q), weights[i]);
         }
       }
     }
@@ -157,6 +161,7 @@ __global__ void __launch_bounds__(
       load_next_xa(0);
     }
     device::copy_async_wait<0>();
+    __syncwarp();  // the weights that other lanes asked for
     for (int round = 0; round < rounds; ++round) {
       xa = next_xa;
       device::Outputs<Y> outputs[kUnits][2];
@@ -192,7 +197,7 @@ __global__ void __launch_bounds__(
             device::Chunk<T, kChunk> weights[8];
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
-              read_chunk(weights[i], own + (8 * (u * kHeld + step) + i) * kSlotBytes);
+              read_chunk(weights[i], own + u * Weights::kBytes + Weights::at(i, step, g, q));
             }
             SplitChunk<T, kChunk> split;
             split.set(xa.values[step], scale);
@@ -266,8 +271,10 @@ auto held_kernel(bool vector, bool shares) {
   return moe_expand_kernel<T, Y, kChunk, kHeld, true, true, 1, true>;
 }
 
+enum class Way { kFew, kMany, kWgmma };
+
 template <typename T, typename Y>
-cudaError_t launch(const MoeExpandParams& params, bool vector, bool many, int units,
+cudaError_t launch(const MoeExpandParams& params, bool vector, Way way, int units,
                    LaunchShape shape, void* stream) {
   const auto launch_held = [&](auto kernel, int bytes) {
     shape.shared_bytes = bytes;
@@ -277,7 +284,12 @@ cudaError_t launch(const MoeExpandParams& params, bool vector, bool many, int un
   const bool narrow = params.max_rank <= 16;
   const bool one_step = params.max_rank <= 32;
   if constexpr (sizeof(Y) == 2) {
-    if (many) {
+    if (way == Way::kWgmma) {
+      return launch_held(
+          vector ? moe_expand_wgmma_kernel<T, Y, true> : moe_expand_wgmma_kernel<T, Y, false>,
+          kMoeWgmmaBytes);
+    }
+    if (way == Way::kMany) {
       return narrow     ? launch_held(moe_expand_many_kernel<T, Y, 4, 1>,
                                       MoeManyTraits<4, 1>::kSharedBytes)
              : one_step ? launch_held(moe_expand_many_kernel<T, Y, 8, 1>,
@@ -330,13 +342,20 @@ cudaError_t moe_expand(const MoeApplyParams& p, const MoeShrinkConfig& config) {
   const bool narrow = p.max_rank <= 16, vector = is_vector(p, narrow ? 4 : 8);
   // By the shape alone, and whether it can be.
   const int sm_count = device_properties().sm_count;
-  const bool many_by_shape = moe_expand_is_many(p.num_pairs, moe_groups(p), p.max_rank);
+  const bool many_by_shape =
+      moe_expand_is_many(p.num_pairs, moe_groups(p), p.max_rank, params.splits);
   const int units_by_shape = moe_expand_units(
       p.num_pairs, moe_groups(p), p.slices.offset[p.slices.count], p.max_rank, sm_count);
-  const bool may = vector && p.y_dtype != DType::kFloat32, many = may && many_by_shape;
-  const int warp_units = may && !many ? units_by_shape : 1;
+  const bool half_y = p.y_dtype != DType::kFloat32;
+  const Way way = !half_y || !many_by_shape        ? Way::kFew
+                  : p.max_rank > 32 && has_wgmma() ? Way::kWgmma
+                  : vector                         ? Way::kMany
+                                                   : Way::kFew;
+  const int warp_units = vector && half_y && way == Way::kFew ? units_by_shape : 1;
   params.shares =
       !many_by_shape && units_by_shape == 1 && moe_expand_shares_splits(params.splits, p.max_rank);
+  const int block_units = way == Way::kWgmma ? 1 : kMoeWarps;
+  const int unit_columns = way == Way::kWgmma ? kMoeWgmmaColumns : warp_units * kUnitColumns;
   int units = 0;
   for (int i = 0; i < p.slices.count; ++i) {
     MoeExpandSlice& slice = params.slices[i];
@@ -347,21 +366,21 @@ cudaError_t moe_expand(const MoeApplyParams& p, const MoeShrinkConfig& config) {
     slice.first_row = p.b.first_row[i];
     slice.column_start = p.column_start[i];
     slice.width = p.slices.offset[i + 1] - p.slices.offset[i];
-    slice.units = static_cast<int32_t>(ceil_div(slice.width, warp_units * kUnitColumns));
+    slice.units = static_cast<int32_t>(ceil_div(slice.width, unit_columns));
     units += slice.units;
   }
   LaunchShape shape{};
-  const int blocks = static_cast<int>(ceil_div(units, kMoeWarps));
+  const int blocks = static_cast<int>(ceil_div(units, block_units));
   shape.grid = dim3(static_cast<unsigned>(blocks),
                     static_cast<unsigned>(moe_grid_tiles(p.num_pairs, moe_groups(p), blocks,
-                                                         sm_count, many ? 32 : 16)));
+                                                         sm_count, way == Way::kFew ? 16 : 32)));
   shape.threads = kMoeThreads;
   shape.cluster = 1;
   shape.dependent = true;
   shape.shared_percent = moe_shared_percent(config);
   return dispatch_half_output(p.dtype, p.y_dtype, [&](auto t, auto y) {
     return launch<typename decltype(t)::type, typename decltype(y)::type>(
-        params, vector, many, warp_units, shape, p.stream);
+        params, vector, way, warp_units, shape, p.stream);
   });
 }
 

@@ -11,11 +11,11 @@ namespace lora_ext::cuda {
 
 constexpr int kGroupPairs = 16;  // of a warp
 
-// A CTA's shared memory: the weights as [unit][step][column][lane], then two pieces of y, of 16
+// A CTA's shared memory: the weights of each unit, then two pieces of y, of 16
 // pairs by 64 columns, for each warp.
 template <int kChunk, int kHeld>
 struct MoeManyTraits {
-  static constexpr int kUnitBytes = 32 * kHeld * 8 * kChunk * 2;
+  static constexpr int kUnitBytes = UnitWeights<kChunk, kHeld>::kBytes;
   static constexpr int kWeightBytes = kMoeWarps * kUnitBytes;
   static constexpr int kRowBytes = kUnitColumns * 2;
   static constexpr int kPieceBytes = kGroupPairs * kRowBytes;
@@ -39,7 +39,8 @@ __global__ void __launch_bounds__(kMoeThreads, (moe_many_min_blocks<T, kChunk>()
     moe_expand_many_kernel(const __grid_constant__ MoeExpandParams p) {
   static_assert(sizeof(Y) == 2);
   using Traits = MoeManyTraits<kChunk, kHeld>;
-  constexpr int kSpan = 4 * kChunk, kSlotBytes = 32 * kChunk * 2;
+  using Weights = UnitWeights<kChunk, kHeld>;
+  constexpr int kSpan = 4 * kChunk;
   extern __shared__ __align__(1024) unsigned char copies[];
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / 32, 0);  // so the compiler knows it is one
@@ -85,19 +86,10 @@ __global__ void __launch_bounds__(kMoeThreads, (moe_many_min_blocks<T, kChunk>()
     }
     if (own.slice < p.num_slices) {
       const MoeExpandSlice& s = p.slices[own.slice];
-      const int columns = s.width - own.column - 8 * g;
       const T* b = static_cast<const T*>(s.b) + tile.slot * s.slot_stride +
-                   tile.expert * s.expert_stride +
-                   (s.first_row + own.column + 8 * g) * s.row_stride;
-      unsigned char* to = copies + warp * Traits::kUnitBytes + lane * kChunk * 2;
-#pragma unroll
-      for (int step = 0; step < kHeld; ++step) {
-        const int j = step * kSpan + q * kChunk, valid = min(max(rank - j, 0), kChunk);
-#pragma unroll
-        for (int i = 0; i < 8; ++i, to += kSlotBytes) {
-          copy_ranks<kChunk>(to, b + i * s.row_stride + j, i < columns ? valid : 0);
-        }
-      }
+                   tile.expert * s.expert_stride + (s.first_row + own.column) * s.row_stride;
+      Weights::copy(copies + warp * Traits::kUnitBytes, b, s.row_stride, rank,
+                    s.width - own.column);
     }
     pair = pair < p.num_pairs ? pair : -1;
     int line_pairs[kGroupPairs / 4];
@@ -179,7 +171,7 @@ __global__ void __launch_bounds__(kMoeThreads, (moe_many_min_blocks<T, kChunk>()
       unsigned char* const outputs_at = pieces + piece * Traits::kPieceBytes;
       if (exists) {
         const MoeExpandSlice& s = p.slices[place.slice];
-        const unsigned char* weights_at = copies + unit * Traits::kUnitBytes + lane * kChunk * 2;
+        const unsigned char* weights_at = copies + unit * Traits::kUnitBytes;
         float acc[2][4][4] = {};
 #pragma unroll
         for (int step = 0; step < kHeld; ++step) {
@@ -189,7 +181,7 @@ __global__ void __launch_bounds__(kMoeThreads, (moe_many_min_blocks<T, kChunk>()
               device::Chunk<T, kChunk> weights[4];
 #pragma unroll
               for (int i = 0; i < 4; ++i) {
-                read_chunk(weights[i], weights_at + (8 * step + 2 * block + i) * kSlotBytes);
+                read_chunk(weights[i], weights_at + Weights::at(2 * block + i, step, g, q));
               }
               multiply<T, kChunk, 2>(acc[0] + block, weights, xa[0][step]);
               if (both) {
@@ -238,6 +230,8 @@ __global__ void __launch_bounds__(kMoeThreads, (moe_many_min_blocks<T, kChunk>()
     device::copy_async_wait<0>();
     if (groups > 1) {
       __syncthreads();  // the weights are filled again
+    } else {
+      __syncwarp();
     }
   }
 }

@@ -223,14 +223,48 @@ __device__ __forceinline__ void write_chunk(unsigned char* to, const device::Chu
       make_uint4(chunk.words[0], chunk.words[1], chunk.words[2], chunk.words[3]);
 }
 
-// Asks for kChunk neighbouring ranks of a row of B, of which `valid` count; the rest becomes 0.
-template <int kChunk, typename T>
-__device__ __forceinline__ void copy_ranks(unsigned char* to, const T* from, int valid) {
-  if constexpr (kChunk == 8) {
-    device::copy_async_16(to, from, 2 * valid);
-  } else {
-    device::copy_async_8<true>(to, from, 2 * valid);
+// B of a unit in shared memory: 64 columns of kHeld steps of ranks. Of eight ranks a lane, by
+// columns, with a gap behind every eight of them, so that the lanes of an access do not meet in a
+// bank; else as the lanes read them.
+template <int kChunk, int kHeld>
+struct UnitWeights {
+  static constexpr int kRow = 4 * kHeld * 16, kGap = kChunk == 4 ? 0 : 64;
+  static constexpr int kBytes = kChunk == 4 ? 64 * 32 : 8 * (8 * kRow + kGap);
+
+  // Where a lane's ranks of column 8 g + i are.
+  __device__ static int at(int i, int step, int g, int q) {
+    return kChunk == 4 ? (32 * i + 4 * g + q) * 8
+                       : g * (8 * kRow + kGap) + i * kRow + (4 * step + q) * 16;
   }
-}
+
+  // Asks for the unit whose first column's ranks are at `b`, of which `columns` exist; what lies
+  // behind the rank or the last column becomes 0. Of eight ranks a lane the warp asks for
+  // neighbouring rows, whole lines at a time where B is in one piece; else each lane for its own.
+  template <typename T>
+  __device__ __forceinline__ static void copy(unsigned char* to, const T* b, int64_t row_stride,
+                                              int rank, int columns) {
+    const int lane = threadIdx.x % 32;
+    if constexpr (kChunk == 4) {
+      const int g = lane / 4, q = lane % 4, bytes = 2 * min(max(rank - 4 * q, 0), 4);
+      b += 8 * g * row_stride + 4 * q;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        device::copy_async_8<true>(to + at(i, 0, g, q), b + i * row_stride,
+                                   8 * g + i < columns ? bytes : 0);
+      }
+    } else {
+      constexpr int kPieces = kRow / 16, kRows = 32 / kPieces;  // that it asks for at once
+      const int row = lane / kPieces, piece = lane % kPieces;
+      const int bytes = 2 * min(max(rank - 8 * piece, 0), 8);
+      b += row * row_stride + 8 * piece;
+#pragma unroll
+      for (int c = 0; c < kUnitColumns; c += kRows) {
+        device::copy_async_16(to + c / 8 * (8 * kRow + kGap) + c % 8 * kRow + lane * 16, b,
+                              c + row < columns ? bytes : 0);
+        b += kRows * row_stride;
+      }
+    }
+  }
+};
 
 }  // namespace lora_ext::cuda

@@ -77,8 +77,11 @@ inline MoeShrinkConfig moe_shrink_config(const MoeShape& s) {
 
 // Whether the expand is that of many pairs: where each (slot, expert) may well have as many as a
 // warp takes, and, with more ranks, whose xa and B are more to share, wherever pairs are thousands.
-inline bool moe_expand_is_many(int64_t num_pairs, int64_t num_groups, int max_rank) {
-  return max_rank <= 64 && num_pairs > 1024 &&
+// From fewer pairs on where sharing is worth more: xa of eight parts of K, or the wider products
+// that there are for ranks above 32 (Mixtral, 1,024 pairs: w2 36 -> 32 us, rank 64 77 -> 59).
+inline bool moe_expand_is_many(int64_t num_pairs, int64_t num_groups, int max_rank, int splits) {
+  const int64_t most_few = max_rank > 32 || splits >= 8 ? 512 : 1024;
+  return max_rank <= 64 && num_pairs > most_few &&
          (num_pairs / 16 >= num_groups || (max_rank > 16 && num_pairs > 2048));
 }
 
