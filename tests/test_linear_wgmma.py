@@ -67,6 +67,22 @@ def test_rounds_once(
         site.check(site(x, make_batch(slots, len(ranks), "cuda").plan), x, slots)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rank", [8, 16, 32])
+@pytest.mark.parametrize(
+    ("in_features", "slices"), [(4096, [4096, 1024, 1024]), (14336, [1500]), (264, [9001])]
+)
+def test_from_nine_tokens_on_in_a_pool_of_one_slot(
+    dtype: torch.dtype, rank: int, in_features: int, slices: list[int]
+) -> None:
+    site = make_site(in_features, slices, ranks=[rank], dtype=dtype)
+    for num_tokens in (8, 9, 12, 16, 17):
+        for share in (1, 2, 5):
+            slots = [0 if t % share == 0 else -1 for t in range(num_tokens)]
+            x, plan = site.x(num_tokens), make_batch(slots, 1, "cuda").plan
+            site.check(site(x, plan), x, slots)
+
+
 @pytest.mark.parametrize("mix", ["shared", "distinct", "nobody", "last"])
 def test_mixes(mix: str) -> None:
     ranks = [16] * 32

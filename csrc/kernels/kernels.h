@@ -27,7 +27,7 @@ int64_t apply_workspace(const ApplyParams& params);  // fp32 elements
 // the workspace is the apply's.
 bool linear_decode_takes(const LinearParams& params);
 int linear_decode(const LinearParams& params);
-// The same for somewhat more tokens.
+// The same for somewhat more tokens; asked first.
 bool linear_wgmma_takes(const LinearParams& params);
 int linear_wgmma(const LinearParams& params);
 int apply_backward(const ApplyBackwardParams& params);

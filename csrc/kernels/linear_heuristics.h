@@ -10,7 +10,7 @@
 namespace lora_ext {
 
 struct LinearShape {
-  int64_t num_tokens, in_features, out_features;
+  int64_t num_tokens, num_slots, in_features, out_features;
   int num_slices, max_rank, sm_count;
   bool half;             // x, W and the adapters have 16 bits
   bool capable;          // the chip starts a kernel while the one before is at work, and an SM has
@@ -49,6 +49,15 @@ inline LinearConfig linear_config(const LinearShape& s) {
                              : 8};
 }
 
+// Tokens from which on a product of a tile of W by clusters comes first, where it can be had
+// (linear_wgmma.cu): it pays for each adapter more and for the tokens less. With one (16 tokens of
+// rank 16: 135 -> 124 us a layer, of rank 32 137 -> 130; 9 tokens 125 -> 124) it is the faster one
+// as soon as linear_decode's tokens are two blocks; with two there is no difference, with four it
+// is slower (131 -> 136).
+LORA_EXT_HOST_DEVICE inline int64_t linear_wgmma_tokens(int64_t num_slots) {
+  return num_slots == 1 ? 9 : kLinearMaxTokens + 1;
+}
+
 // Of an SM's L1 cache, what a shrink wants as shared memory that runs beside a base layer's product
 // or just before one; `alone`: what it wants else. Beside linear_wgmma all of it, as that kernel
 // does, so that an SM need not be divided anew (what one adapter of rank 16 adds to a layer of 32
@@ -59,7 +68,7 @@ inline int shrink_beside_product_percent(const ApplyShape& s, int alone) {
   constexpr int64_t kFewBytes = 4 << 20;
   const int64_t bytes = likely_tiles(s.num_tokens, s.num_slots, kTileTokens) * s.num_slices *
                         s.max_rank * s.in_features * 2;
-  return s.num_tokens > kLinearMaxTokens && bytes <= kFewBytes ? 100 : alone;
+  return s.num_tokens >= linear_wgmma_tokens(s.num_slots) && bytes <= kFewBytes ? 100 : alone;
 }
 
 // The same of both kernels of an apply that begins beside a base layer's product: room for two CTAs
@@ -82,9 +91,9 @@ constexpr int kLinearTileRows = 128;  // of W, of a tile
 // idle.
 inline int linear_wgmma_cluster(const LinearShape& s) {
   constexpr int64_t kMostCluster = 6, kLeastFeatures = 256;
-  if (!s.half || !s.capable || !s.vector || s.batch_invariant || s.num_tokens <= kLinearMaxTokens ||
-      s.num_tokens > kLinearWgmmaMaxTokens || s.max_rank > kLinearWgmmaMaxRank ||
-      s.in_features < kLeastFeatures) {
+  if (!s.half || !s.capable || !s.vector || s.batch_invariant ||
+      s.num_tokens < linear_wgmma_tokens(s.num_slots) || s.num_tokens > kLinearWgmmaMaxTokens ||
+      s.max_rank > kLinearWgmmaMaxRank || s.in_features < kLeastFeatures) {
     return 0;
   }
   const int64_t tiles = ceil_div(s.out_features, kLinearTileRows);

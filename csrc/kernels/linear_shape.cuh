@@ -10,6 +10,7 @@ namespace lora_ext::cuda {
 inline LinearShape linear_shape_of(const LinearParams& p) {
   LinearShape shape{};
   shape.num_tokens = p.apply.num_tokens;
+  shape.num_slots = p.apply.plan.num_slots;
   shape.in_features = p.apply.in_features;
   shape.out_features = p.out_features;
   shape.num_slices = p.apply.slices.count;

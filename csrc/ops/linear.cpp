@@ -165,9 +165,9 @@ std::optional<Tensor> streamed(const ApplyParams& params, const Tensor& x, const
   if (weight.stride(1) != 1 || (bias.has_value() && bias->stride(0) != 1)) {
     return std::nullopt;
   }
-  const auto kernel = cuda::linear_decode_takes(both)  ? cuda::linear_decode
-                      : cuda::linear_wgmma_takes(both) ? cuda::linear_wgmma
-                                                       : nullptr;
+  const auto kernel = cuda::linear_wgmma_takes(both)    ? cuda::linear_wgmma
+                      : cuda::linear_decode_takes(both) ? cuda::linear_decode
+                                                        : nullptr;
   if (kernel == nullptr) {
     return std::nullopt;
   }

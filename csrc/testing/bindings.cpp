@@ -97,15 +97,15 @@ void bind_linear(py::module_& m) {
   const auto bind = [&](const char* name, auto choose) {
     m.def(
         name,
-        [choose](int64_t num_tokens, int64_t in_features, int64_t out_features, int num_slices,
-                 int max_rank, int sm_count, bool half, bool capable, bool vector,
+        [choose](int64_t num_tokens, int64_t num_slots, int64_t in_features, int64_t out_features,
+                 int num_slices, int max_rank, int sm_count, bool half, bool capable, bool vector,
                  bool batch_invariant) {
-          return choose({num_tokens, in_features, out_features, num_slices, max_rank, sm_count,
-                         half, capable, vector, batch_invariant});
+          return choose({num_tokens, num_slots, in_features, out_features, num_slices, max_rank,
+                         sm_count, half, capable, vector, batch_invariant});
         },
-        py::kw_only(), "num_tokens"_a, "in_features"_a, "out_features"_a, "num_slices"_a,
-        "max_rank"_a, "sm_count"_a = 132, "half"_a = true, "capable"_a = true, "vector"_a = true,
-        "batch_invariant"_a = false);
+        py::kw_only(), "num_tokens"_a, "num_slots"_a, "in_features"_a, "out_features"_a,
+        "num_slices"_a, "max_rank"_a, "sm_count"_a = 132, "half"_a = true, "capable"_a = true,
+        "vector"_a = true, "batch_invariant"_a = false);
   };
   bind("linear_config", linear_config);
   bind("linear_wgmma_cluster", linear_wgmma_cluster);
