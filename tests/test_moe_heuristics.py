@@ -138,6 +138,7 @@ def test_lanes_without_a_pair_share_parts_of_k_where_those_are_many() -> None:
         (False, 1024, 64, 16, 4),
         (True, 1024, 64, 16, 8),
         (True, 1024, 64, 64, 4),
+        (True, 1024, 64, 17, 1),
         (False, 512, 32, 64, 8),
         (False, 1024, 65, 64, 8),
         (True, 1040, 65, 16, 1),
@@ -149,6 +150,21 @@ def test_lanes_without_a_pair_share_parts_of_k_where_those_are_many() -> None:
 )
 def test_the_moe_expand_of_many_pairs(many: bool, **shape: int) -> None:
     assert testing.moe_expand_is_many(**shape) == many
+
+
+def test_moe_grids_of_few_pairs_are_what_is_resident_at_once() -> None:
+    per_sm = testing.moe_shrink_blocks_per_sm
+    assert per_sm(num_pairs=1024, row_blocks=4, wide=True) == 2
+    assert per_sm(num_pairs=4096, row_blocks=4, wide=True) == 8
+    assert per_sm(num_pairs=16384, row_blocks=4, wide=True) == 32
+    assert per_sm(num_pairs=1024, row_blocks=2, wide=False) == 5
+    assert per_sm(num_pairs=1024, row_blocks=4, wide=False) == 32
+    assert per_sm(num_pairs=1025, row_blocks=1, wide=False) == 32
+    per_sm = testing.moe_expand_blocks_per_sm
+    few = dict(num_pairs=256, num_groups=1024, sm_count=132)
+    assert per_sm(blocks=4, units=2, **few) == 4
+    assert per_sm(blocks=5, units=2, **few) == 16
+    assert per_sm(blocks=4, units=1, **few) == 16
 
 
 @given(

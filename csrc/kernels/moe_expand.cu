@@ -5,7 +5,7 @@
 // warp reads it for every eight pairs: on its way it takes no registers, and no cache either, which
 // the shrink beside it leaves little of. The next eight rows of y and of xa are on their way
 // meanwhile. With many pairs: moe_expand_many.cuh, the same products in the same order, and on
-// sm_90a for ranks above 32 moe_expand_wgmma.cuh, in another order, whatever the addresses are. In
+// sm_90a for ranks above 16 moe_expand_wgmma.cuh, in another order, whatever the addresses are. In
 // all, B and the first rows of y are asked for before the wait for the shrink.
 #include "kernels/moe_expand_many.cuh"
 #include "kernels/moe_expand_wgmma.cuh"
@@ -48,7 +48,13 @@ __global__ void __launch_bounds__(
   constexpr int kSpan = 4 * kChunk;
   extern __shared__ __align__(1024) unsigned char copies[];
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  unsigned char* const own = copies + threadIdx.x / 32 * kUnits * Weights::kBytes;  // the warp's
+  // The warp's weights, or of four ranks a lane its own: [unit][column][thread].
+  unsigned char* const own =
+      copies + (kChunk == 4 ? threadIdx.x * 8 : threadIdx.x / 32 * kUnits * Weights::kBytes);
+  const auto weights_at = [&](int u, int step, int i) {
+    return own + (kChunk == 4 ? (8 * u + i) * kMoeThreads * 8
+                              : u * Weights::kBytes + Weights::at(i, step, g, q));
+  };
   int unit = blockIdx.x * kMoeWarps + threadIdx.x / 32, slice = 0;
   while (slice < p.num_slices && unit >= p.slices[slice].units) {
     unit -= p.slices[slice++].units;
@@ -76,7 +82,7 @@ __global__ void __launch_bounds__(
       continue;
     }
     const int64_t row_stride = s.row_stride;
-    __syncwarp();  // no lane reads the tile before any more
+    Weights::meet();  // no lane reads those of the tile before any more
     const T* b = static_cast<const T*>(s.b) + tile.slot * s.slot_stride +
                  tile.expert * s.expert_stride + (s.first_row + column) * row_stride;
     const auto load_weights = [&](device::Chunk<T, kChunk>(&to)[8], int j) {
@@ -86,12 +92,19 @@ __global__ void __launch_bounds__(
                                        column + i < width);
       }
     };
-    if constexpr (kVector) {
+    if constexpr (kVector && kChunk == 4) {
+      const int valid = min(max(rank - q * kChunk, 0), kChunk);
+#pragma unroll
+      for (int i = 0; i < 8 * kUnits; ++i) {
+        const int shift = i / 8 * kUnitColumns + i % 8;
+        device::copy_async_8<true>(weights_at(0, 0, i), b + shift * row_stride + q * kChunk,
+                                   column + shift < width ? 2 * valid : 0);
+      }
+    } else if constexpr (kVector) {
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) {
-        const int first = (unit * kUnits + u) * kUnitColumns;
-        Weights::copy(own + u * Weights::kBytes, b + (u * kUnitColumns - 8 * g) * row_stride,
-                      row_stride, rank, width - first);
+        Weights::copy(own + u * Weights::kBytes, b + u * kUnitColumns * row_stride, row_stride,
+                      rank, width - column - u * kUnitColumns, g, q);
       }
     } else {
 #pragma unroll
@@ -100,7 +113,7 @@ __global__ void __launch_bounds__(
         load_weights(weights, step * kSpan);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          write_chunk(own + Weights::at(i, step, g, q), weights[i]);
+          write_chunk(weights_at(0, step, i), weights[i]);
         }
       }
     }
@@ -161,7 +174,7 @@ __global__ void __launch_bounds__(
       load_next_xa(0);
     }
     device::copy_async_wait<0>();
-    __syncwarp();  // the weights that other lanes asked for
+    Weights::meet();
     for (int round = 0; round < rounds; ++round) {
       xa = next_xa;
       device::Outputs<Y> outputs[kUnits][2];
@@ -197,7 +210,7 @@ __global__ void __launch_bounds__(
             device::Chunk<T, kChunk> weights[8];
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
-              read_chunk(weights[i], own + u * Weights::kBytes + Weights::at(i, step, g, q));
+              read_chunk(weights[i], weights_at(u, step, i));
             }
             SplitChunk<T, kChunk> split;
             split.set(xa.values[step], scale);
@@ -285,9 +298,11 @@ cudaError_t launch(const MoeExpandParams& params, bool vector, Way way, int unit
   const bool one_step = params.max_rank <= 32;
   if constexpr (sizeof(Y) == 2) {
     if (way == Way::kWgmma) {
-      return launch_held(
-          vector ? moe_expand_wgmma_kernel<T, Y, true> : moe_expand_wgmma_kernel<T, Y, false>,
-          kMoeWgmmaBytes);
+      const auto kernel = vector     ? one_step ? moe_expand_wgmma_kernel<T, Y, 32, true>
+                                                : moe_expand_wgmma_kernel<T, Y, 64, true>
+                              : one_step ? moe_expand_wgmma_kernel<T, Y, 32, false>
+                                     : moe_expand_wgmma_kernel<T, Y, 64, false>;
+      return launch_held(kernel, kMoeWgmmaBytes);
     }
     if (way == Way::kMany) {
       return narrow     ? launch_held(moe_expand_many_kernel<T, Y, 4, 1>,
@@ -348,7 +363,7 @@ cudaError_t moe_expand(const MoeApplyParams& p, const MoeShrinkConfig& config) {
       p.num_pairs, moe_groups(p), p.slices.offset[p.slices.count], p.max_rank, sm_count);
   const bool half_y = p.y_dtype != DType::kFloat32;
   const Way way = !half_y || !many_by_shape        ? Way::kFew
-                  : p.max_rank > 32 && has_wgmma() ? Way::kWgmma
+                  : p.max_rank > 16 && has_wgmma() ? Way::kWgmma
                   : vector                         ? Way::kMany
                                                    : Way::kFew;
   const int warp_units = vector && half_y && way == Way::kFew ? units_by_shape : 1;
@@ -371,9 +386,12 @@ cudaError_t moe_expand(const MoeApplyParams& p, const MoeShrinkConfig& config) {
   }
   LaunchShape shape{};
   const int blocks = static_cast<int>(ceil_div(units, block_units));
+  const int most_per_sm = way == Way::kFew ? moe_expand_blocks_per_sm(p.num_pairs, moe_groups(p),
+                                                                      blocks, warp_units, sm_count)
+                                           : 32;
   shape.grid = dim3(static_cast<unsigned>(blocks),
-                    static_cast<unsigned>(moe_grid_tiles(p.num_pairs, moe_groups(p), blocks,
-                                                         sm_count, way == Way::kFew ? 16 : 32)));
+                    static_cast<unsigned>(
+                        moe_grid_tiles(p.num_pairs, moe_groups(p), blocks, sm_count, most_per_sm)));
   shape.threads = kMoeThreads;
   shape.cluster = 1;
   shape.dependent = true;

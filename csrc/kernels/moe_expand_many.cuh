@@ -86,10 +86,11 @@ __global__ void __launch_bounds__(kMoeThreads, (moe_many_min_blocks<T, kChunk>()
     }
     if (own.slice < p.num_slices) {
       const MoeExpandSlice& s = p.slices[own.slice];
+      const int column = own.column + 8 * g;
       const T* b = static_cast<const T*>(s.b) + tile.slot * s.slot_stride +
-                   tile.expert * s.expert_stride + (s.first_row + own.column) * s.row_stride;
-      Weights::copy(copies + warp * Traits::kUnitBytes, b, s.row_stride, rank,
-                    s.width - own.column);
+                   tile.expert * s.expert_stride + (s.first_row + column) * s.row_stride;
+      Weights::copy(copies + warp * Traits::kUnitBytes, b, s.row_stride, rank, s.width - column, g,
+                    q);
     }
     pair = pair < p.num_pairs ? pair : -1;
     int line_pairs[kGroupPairs / 4];

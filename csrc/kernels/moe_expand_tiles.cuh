@@ -237,32 +237,40 @@ struct UnitWeights {
                        : g * (8 * kRow + kGap) + i * kRow + (4 * step + q) * 16;
   }
 
-  // Asks for the unit whose first column's ranks are at `b`, of which `columns` exist; what lies
-  // behind the rank or the last column becomes 0. Of eight ranks a lane the warp asks for
-  // neighbouring rows, whole lines at a time where B is in one piece; else each lane for its own.
+  // Asks for the unit; the ranks of its column 8 g are at `b`, and `columns` exist from that one
+  // on; what lies behind the rank or the last column becomes 0. Of eight ranks a lane the warp asks
+  // for neighbouring rows, whole lines at a time where B is in one piece; else each lane for its
+  // own.
   template <typename T>
   __device__ __forceinline__ static void copy(unsigned char* to, const T* b, int64_t row_stride,
-                                              int rank, int columns) {
-    const int lane = threadIdx.x % 32;
+                                              int rank, int columns, int g, int q) {
     if constexpr (kChunk == 4) {
-      const int g = lane / 4, q = lane % 4, bytes = 2 * min(max(rank - 4 * q, 0), 4);
-      b += 8 * g * row_stride + 4 * q;
+      const int bytes = 2 * min(max(rank - 4 * q, 0), 4);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        device::copy_async_8<true>(to + at(i, 0, g, q), b + i * row_stride,
-                                   8 * g + i < columns ? bytes : 0);
+        device::copy_async_8<true>(to + at(i, 0, g, q), b + i * row_stride + 4 * q,
+                                   i < columns ? bytes : 0);
       }
     } else {
       constexpr int kPieces = kRow / 16, kRows = 32 / kPieces;  // that it asks for at once
-      const int row = lane / kPieces, piece = lane % kPieces;
+      const int lane = 4 * g + q, row = lane / kPieces, piece = lane % kPieces;
       const int bytes = 2 * min(max(rank - 8 * piece, 0), 8);
-      b += row * row_stride + 8 * piece;
+      b += (row - 8 * g) * row_stride + 8 * piece;
+      columns += 8 * g - row;
+      to += 16 * lane;
 #pragma unroll
       for (int c = 0; c < kUnitColumns; c += kRows) {
-        device::copy_async_16(to + c / 8 * (8 * kRow + kGap) + c % 8 * kRow + lane * 16, b,
-                              c + row < columns ? bytes : 0);
+        device::copy_async_16(to + c / 8 * (8 * kRow + kGap) + c % 8 * kRow, b,
+                              c < columns ? bytes : 0);
         b += kRows * row_stride;
       }
+    }
+  }
+
+  // Between copies and reads of a warp, where lanes ask for each other's.
+  __device__ __forceinline__ static void meet() {
+    if constexpr (kChunk != 4) {
+      __syncwarp();
     }
   }
 };

@@ -1,4 +1,4 @@
-// The expand of many pairs on sm_90a for ranks above 32: a warpgroup's products, with 64 columns of
+// The expand of many pairs on sm_90a for ranks above 16: a warpgroup's products, with 64 columns of
 // y as the rows and the tile's pairs as the columns of the result, as many as there are.
 //
 // A CTA takes a tile and 256 columns of y, all at once for up to 16 pairs, else one half behind the
@@ -31,7 +31,7 @@ static_assert(kMoeWgmmaBytes >= MoeWgmmaTraits<16>::kSharedBytes);
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 // Columns [column, column + columns) of a slice, 256 at most, for a tile of up to kPairs pairs.
-template <typename T, typename Y, int kPairs, bool kVector>
+template <typename T, typename Y, int kRanks, int kPairs, bool kVector>
 __device__ __forceinline__ void expand_wgmma_tile(const MoeExpandParams& p, const MoeExpandSlice& s,
                                                   int slice, const MoeTile& tile, int rank,
                                                   int column, unsigned char* shared,
@@ -48,23 +48,33 @@ __device__ __forceinline__ void expand_wgmma_tile(const MoeExpandParams& p, cons
     const int at = row + kCopyRows * i;
     pairs[i] = at < tile.count ? p.routing.permutation()[tile.start + at] : -1;
   }
+  // Of B and xa, whose rows have a piece for each eight ranks.
+  constexpr int kRankChunks = kRanks / 8, kRankRows = kMoeThreads / kRankChunks;
+  constexpr int kXaCopies = kPairs > kRankRows ? kPairs / kRankRows : 1;
+  const int rank_chunk = thread % kRankChunks, rank_row = thread / kRankChunks;
+  int xa_pairs[kXaCopies];
+#pragma unroll
+  for (int i = 0; i < kXaCopies; ++i) {
+    const int at = rank_row + kRankRows * i;
+    xa_pairs[i] = at < tile.count ? p.routing.permutation()[tile.start + at] : -1;
+  }
   const T* const b = static_cast<const T*>(s.b) + tile.slot * s.slot_stride +
-                     tile.expert * s.expert_stride + (s.first_row + column + row) * s.row_stride +
-                     8 * chunk;
-  const int b_bytes = 2 * min(max(rank - 8 * chunk, 0), 8);
+                     tile.expert * s.expert_stride +
+                     (s.first_row + column + rank_row) * s.row_stride + 8 * rank_chunk;
+  const int b_bytes = 2 * min(max(rank - 8 * rank_chunk, 0), 8);
   const auto copy_weights = [&](int first) {
     const T* from = b + first * s.row_stride;
 #pragma unroll
-    for (int c = 0; c < kStep; c += kCopyRows) {
-      unsigned char* const to = shared + Traits::at(row + c, chunk);
+    for (int c = 0; c < kStep; c += kRankRows) {
+      unsigned char* const to = shared + Traits::at(rank_row + c, rank_chunk);
       if constexpr (kVector) {
-        device::copy_async_16(to, from, first + c + row < columns ? b_bytes : 0);
+        device::copy_async_16(to, from, first + c + rank_row < columns ? b_bytes : 0);
       } else {
         device::Chunk<T, 8> values;
-        device::load_scalars(values, from, first + c + row < columns ? b_bytes / 2 : 0);
+        device::load_scalars(values, from, first + c + rank_row < columns ? b_bytes / 2 : 0);
         write_chunk(to, values);
       }
-      from += kCopyRows * s.row_stride;
+      from += kRankRows * s.row_stride;
     }
     device::copy_async_commit();
   };
@@ -117,17 +127,18 @@ __device__ __forceinline__ void expand_wgmma_tile(const MoeExpandParams& p, cons
   copy_outputs(0);
   device::grid_dependency_wait();
   {
-    float values[kPairCopies][1][8];
-    const float* rows[kPairCopies];
+    float values[kXaCopies][1][8];
+    const float* rows[kXaCopies];
 #pragma unroll
-    for (int i = 0; i < kPairCopies; ++i) {
-      rows[i] =
-          pairs[i] >= 0 ? p.xa + pairs[i] * p.xa_row_stride + slice * p.xa_rank_stride : nullptr;
+    for (int i = 0; i < kXaCopies; ++i) {
+      const int pair = xa_pairs[i] < p.num_pairs ? xa_pairs[i] : -1;
+      rows[i] = pair >= 0 ? p.xa + pair * p.xa_row_stride + slice * p.xa_rank_stride : nullptr;
     }
-    load_held<kPairCopies, 8, 1>(values, p, rows, 8 * chunk, rank);
+    load_held<kXaCopies, 8, 1>(values, p, rows, 8 * rank_chunk, rank);
 #pragma unroll
-    for (int i = 0; i < kPairCopies; ++i) {
-      const int at = row + kCopyRows * i;
+    for (int i = 0; i < kXaCopies; ++i) {
+      const int at = rank_row + kRankRows * i;
+      const bool exists = kPairs % kRankRows == 0 || at < kPairs;
       int max_bits = 0;
       if constexpr (device::kNeedsScale<T>) {
 #pragma unroll
@@ -135,18 +146,20 @@ __device__ __forceinline__ void expand_wgmma_tile(const MoeExpandParams& p, cons
           max_bits = max(max_bits, __float_as_int(fabsf(values[i][0][e])));
         }
 #pragma unroll
-        for (int distance = 1; distance < 8; distance *= 2) {
+        for (int distance = 1; distance < kRankChunks; distance *= 2) {
           max_bits = max(max_bits, __shfl_xor_sync(kAllLanes, max_bits, distance));
         }
-        if (chunk == 0) {
+        if (rank_chunk == 0 && exists) {
           scales[at] = device::scale_up(max_bits);
         }
       }
-      SplitChunk<T, 8> xa;
-      xa.set(values[i][0], device::kNeedsScale<T> ? device::scale_down(max_bits) : 1.0f);
-      unsigned char* const to = shared + Traits::kXaAt + Traits::at(at, chunk);
-      write_chunk(to, xa.high);
-      write_chunk(to + Traits::kXaBytes, xa.low);
+      if (exists) {
+        SplitChunk<T, 8> xa;
+        xa.set(values[i][0], device::kNeedsScale<T> ? device::scale_down(max_bits) : 1.0f);
+        unsigned char* const to = shared + Traits::kXaAt + Traits::at(at, rank_chunk);
+        write_chunk(to, xa.high);
+        write_chunk(to + Traits::kXaBytes, xa.low);
+      }
     }
   }
   const uint64_t high = device::swizzled_tile(shared + Traits::kXaAt);
@@ -162,7 +175,7 @@ __device__ __forceinline__ void expand_wgmma_tile(const MoeExpandParams& p, cons
     for (int u = 0; u < kUnits; ++u) {
       const uint64_t weights = device::swizzled_tile(shared + u * Traits::kUnitBytes);
 #pragma unroll
-      for (int kk = 0; kk < 4; ++kk) {
+      for (int kk = 0; kk < kRanks / 16; ++kk) {
         device::wgmma<T, kPairs>(sums[u], weights + 2 * kk, high + 2 * kk, kk == 0);
         device::wgmma<T, kPairs>(sums[u], weights + 2 * kk, low + 2 * kk, false);
       }
@@ -206,7 +219,8 @@ __device__ __forceinline__ void expand_wgmma_tile(const MoeExpandParams& p, cons
 }
 #endif
 
-template <typename T, typename Y, bool kVector>
+// kRanks: 32 or 64, the most that a slot has.
+template <typename T, typename Y, int kRanks, bool kVector>
 __global__ void __launch_bounds__(kMoeThreads, kVector ? 4 : 2)
     moe_expand_wgmma_kernel(const __grid_constant__ MoeExpandParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -240,11 +254,11 @@ __global__ void __launch_bounds__(kMoeThreads, kVector ? 4 : 2)
       continue;
     }
     if (tile.count <= 16) {
-      expand_wgmma_tile<T, Y, 16, kVector>(p, s, slice, tile, rank, column, shared, scales);
+      expand_wgmma_tile<T, Y, kRanks, 16, kVector>(p, s, slice, tile, rank, column, shared, scales);
     } else if (tile.count <= 32) {
-      expand_wgmma_tile<T, Y, 32, kVector>(p, s, slice, tile, rank, column, shared, scales);
+      expand_wgmma_tile<T, Y, kRanks, 32, kVector>(p, s, slice, tile, rank, column, shared, scales);
     } else {
-      expand_wgmma_tile<T, Y, 64, kVector>(p, s, slice, tile, rank, column, shared, scales);
+      expand_wgmma_tile<T, Y, kRanks, 64, kVector>(p, s, slice, tile, rank, column, shared, scales);
     }
     __syncthreads();  // the next tile fills the same places, perhaps otherwise
   }

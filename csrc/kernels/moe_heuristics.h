@@ -78,9 +78,9 @@ inline MoeShrinkConfig moe_shrink_config(const MoeShape& s) {
 // Whether the expand is that of many pairs: where each (slot, expert) may well have as many as a
 // warp takes, and, with more ranks, whose xa and B are more to share, wherever pairs are thousands.
 // From fewer pairs on where sharing is worth more: xa of eight parts of K, or the wider products
-// that there are for ranks above 32 (Mixtral, 1,024 pairs: w2 36 -> 32 us, rank 64 77 -> 59).
+// that there are for ranks above 16 (Mixtral, 1,024 pairs: w2 36 -> 32 us, rank 64 77 -> 59).
 inline bool moe_expand_is_many(int64_t num_pairs, int64_t num_groups, int max_rank, int splits) {
-  const int64_t most_few = max_rank > 32 || splits >= 8 ? 512 : 1024;
+  const int64_t most_few = max_rank > 16 || splits >= 8 ? 512 : 1024;
   return max_rank <= 64 && num_pairs > most_few &&
          (num_pairs / 16 >= num_groups || (max_rank > 16 && num_pairs > 2048));
 }
@@ -93,6 +93,25 @@ inline int moe_expand_units(int64_t num_pairs, int64_t num_groups, int64_t colum
   const int64_t b_bytes =
       likely_moe_tiles(num_pairs, num_groups) * columns * (max_rank <= 16 ? 32 : 64);
   return max_rank <= 32 && b_bytes > 64 * 1024 * int64_t{sm_count} ? 2 : 1;
+}
+
+// CTAs an SM that the shrink's grid has at most; beyond, each takes several tiles. CTAs that find
+// none keep the expand from starting, so that with few pairs there are no more than are resident at
+// once (Qwen3-30B, 128 tokens of one adapter: w13 of rank 64 35.7 -> 33.0 us, rank 16 14.2
+// -> 13.0); with many, more of them even out what tiles take.
+inline int moe_shrink_blocks_per_sm(int64_t num_pairs, int row_blocks, bool wide) {
+  constexpr int64_t kFewPairs = 1024, kManyPairs = 8192;
+  if (wide) {
+    return num_pairs <= kFewPairs ? 2 : num_pairs <= kManyPairs ? 8 : 32;
+  }
+  return num_pairs <= kFewPairs && row_blocks <= 2 ? 5 : 32;
+}
+// The same of the expand of few pairs, `blocks` of them for a tile: as many as are resident, where
+// two rounds of them will do (32 tokens of one adapter, w2: 8.4 -> 7.1 us).
+inline int moe_expand_blocks_per_sm(int64_t num_pairs, int64_t num_groups, int blocks, int units,
+                                    int sm_count) {
+  const int64_t likely = likely_moe_tiles(num_pairs, num_groups) * blocks;
+  return units == 2 && likely <= 8 * int64_t{sm_count} ? 4 : 16;
 }
 
 // Whether parts of K are so many that in the expand lanes without a pair had better take some of

@@ -189,8 +189,7 @@ cudaError_t moe_shrink(const MoeApplyParams& p, const MoeShrinkConfig& config) {
     params.matrices[i] = {p.a.base[i], p.a.slot_stride[i], p.a.expert_stride[i], p.a.row_stride[i]};
   }
   const bool vector = moe_shrink_is_vector(p), wide = params.blocks_per_matrix > 1;
-  // Two CTAs an SM: four waves, beyond which CTAs take several tiles each.
-  const int most_per_sm = wide && p.num_pairs <= kThirdBlockPairs ? 8 : 32;
+  const int most_per_sm = moe_shrink_blocks_per_sm(p.num_pairs, config.row_blocks, wide);
   LaunchShape shape{};
   const int blocks = config.blocks * config.splits;
   shape.grid =

@@ -201,6 +201,10 @@ void bind_moe(py::module_& m) {
         "most_per_sm"_a = 32);
   m.def("moe_expand_shares_splits", &moe_expand_shares_splits, py::kw_only(), "splits"_a,
         "max_rank"_a);
+  m.def("moe_shrink_blocks_per_sm", &moe_shrink_blocks_per_sm, py::kw_only(), "num_pairs"_a,
+        "row_blocks"_a, "wide"_a);
+  m.def("moe_expand_blocks_per_sm", &moe_expand_blocks_per_sm, py::kw_only(), "num_pairs"_a,
+        "num_groups"_a, "blocks"_a, "units"_a, "sm_count"_a);
   m.def("moe_expand_is_many", &moe_expand_is_many, py::kw_only(), "num_pairs"_a, "num_groups"_a,
         "max_rank"_a, "splits"_a);
   m.def("moe_expand_units", &moe_expand_units, py::kw_only(), "num_pairs"_a, "num_groups"_a,
