@@ -132,6 +132,22 @@ def test_lanes_without_a_pair_share_parts_of_k_where_those_are_many() -> None:
     assert not testing.moe_expand_shares_splits(splits=16, max_rank=128)
 
 
+def test_one_kernel_does_both_products_of_few_pairs() -> None:
+    shape = dict(num_pairs=8, num_groups=1024, in_features=768, max_rank=16, blocks=8)
+    assert testing.moe_is_joint(**shape)
+    assert testing.moe_is_joint(**{**shape, "in_features": 2048, "blocks": 6})
+    assert testing.moe_is_joint(**{**shape, "num_pairs": 16})
+    for other in (
+        {"num_pairs": 24},
+        {"num_pairs": 33, "num_groups": 1},
+        {"max_rank": 17},
+        {"num_pairs": 24, "max_rank": 8},
+        {"in_features": 4097, "blocks": 1},
+        {"in_features": 4096, "blocks": 6},
+    ):
+        assert not testing.moe_is_joint(**{**shape, **other})
+
+
 @pytest.mark.parametrize(
     ("many", "num_pairs", "num_groups", "max_rank", "splits"),
     [

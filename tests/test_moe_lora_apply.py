@@ -220,6 +220,27 @@ def test_shared_outer(device, shared, expanded):
             check_apply(y, x, module, batch, layout, expanded)
 
 
+# Up to 32 pairs and rank 16 one kernel does both products.
+@pytest.mark.parametrize("in_features", [1, 7, 40, 129, 776, 2048, 4096])
+@pytest.mark.parametrize("ranks", [[16, 3, 0], [8, 5]], ids=str)
+@pytest.mark.parametrize("dtype", HALVES_AND_FP32)
+def test_few_pairs_of_low_ranks(device, dtype, ranks, in_features):
+    gen = generator("few", dtype, ranks, in_features)
+    for num_tokens, num_experts, per_pair in ((1, 8, True), (16, 2, False), (16, 2, True)):
+        module = make_moe(ranks, num_experts, in_features, [296, 40], dtype, device)
+        batch = random_batch(num_tokens, 2, module, device, gen)
+        y, x = tensors(module, batch, per_pair, gen)
+        first, again = y.clone(), misaligned(y)
+        check_apply(first, x, module, batch)
+        apply_(again, misaligned(x), module, module.weights(place=misaligned), batch)
+        assert_same_bits(again, first)
+        for layout in LAYOUTS:
+            again = y.clone()
+            apply_(again, x, module, module.weights(layout), batch)
+            assert_same_bits(again, first)
+        check_apply(*tensors(module, batch, per_pair, gen, torch.float32), module, batch)
+
+
 # With many pairs it is another kernel that takes 16 bytes at a time; with few and a long K, lanes
 # without a pair add up parts of it.
 @pytest.mark.parametrize("num_tokens, in_features", [(40, 256), (600, 256), (3, 4096)])

@@ -1,5 +1,6 @@
 // moe_lora_apply_: a shrink into the workspace and an expand from it, the second one launched while
-// the first is at work; and the same for fp32 by plain loops.
+// the first is at work, or one kernel for the smallest batches; and the same for fp32 by plain
+// loops.
 //
 // What moves is the weights of every (slot, expert) in the batch, mostly for a few pairs each, so
 // both kernels are streams of weights: a CTA has all of its loads in flight at once, many CTAs are
@@ -148,12 +149,18 @@ cudaError_t apply_float(const MoeApplyParams& p) {
 }  // namespace
 
 int64_t moe_apply_workspace(const MoeApplyParams& p) {
+  if (p.dtype != DType::kFloat32 && moe_takes_joint(p)) {
+    return 0;
+  }
   return MoeWorkspace(p, shrink_config_of(p).splits).bytes();
 }
 
 int moe_apply(const MoeApplyParams& p) {
   if (p.dtype == DType::kFloat32) {
     return apply_float(p);
+  }
+  if (moe_takes_joint(p)) {
+    return moe_joint(p);
   }
   const MoeShrinkConfig config = shrink_config_of(p);
   const cudaError_t error = moe_shrink(p, config);

@@ -67,6 +67,11 @@ inline int moe_shared_percent(const MoeShrinkConfig& config) {
 
 cudaError_t moe_shrink(const MoeApplyParams& p, const MoeShrinkConfig& config);
 cudaError_t moe_expand(const MoeApplyParams& p, const MoeShrinkConfig& config);
+// Whether one kernel does both, by the shape alone, and that kernel.
+bool moe_takes_joint(const MoeApplyParams& p);
+cudaError_t moe_joint(const MoeApplyParams& p);
+// Whether addresses and strides allow 16-byte accesses, of B of `chunk` elements.
 bool moe_shrink_is_vector(const MoeApplyParams& p);
+bool moe_expand_is_vector(const MoeApplyParams& p, int chunk);
 
 }  // namespace lora_ext::cuda

@@ -260,15 +260,6 @@ __global__ void __launch_bounds__(
   }
 }
 
-bool is_vector(const MoeApplyParams& p, int chunk) {
-  bool vector = p.column_stride == 1 && is_multiple(p.y, p.y_stride, 8, 16) &&
-                is_multiple(p.b, p.slices.count, chunk, 2 * chunk);
-  for (int i = 0; i < p.slices.count; ++i) {
-    vector &= p.column_start[i] % 8 == 0 && (p.slices.offset[i + 1] - p.slices.offset[i]) % 8 == 0;
-  }
-  return vector;
-}
-
 // The kernel of ranks that are held. The order of its sums follows from the shape alone, so where
 // it may share, every variant can.
 template <typename T, typename Y, int kChunk, int kHeld>
@@ -336,6 +327,15 @@ cudaError_t launch(const MoeExpandParams& params, bool vector, Way way, int unit
 
 }  // namespace
 
+bool moe_expand_is_vector(const MoeApplyParams& p, int chunk) {
+  bool vector = p.column_stride == 1 && is_multiple(p.y, p.y_stride, 8, 16) &&
+                is_multiple(p.b, p.slices.count, chunk, 2 * chunk);
+  for (int i = 0; i < p.slices.count; ++i) {
+    vector &= p.column_start[i] % 8 == 0 && (p.slices.offset[i + 1] - p.slices.offset[i]) % 8 == 0;
+  }
+  return vector;
+}
+
 cudaError_t moe_expand(const MoeApplyParams& p, const MoeShrinkConfig& config) {
   const MoeWorkspace at(p, config.splits);
   MoeExpandParams params{};
@@ -354,7 +354,7 @@ cudaError_t moe_expand(const MoeApplyParams& p, const MoeShrinkConfig& config) {
   params.splits = config.splits;
   params.xa_rank_stride = static_cast<int32_t>(at.rank_stride);
   params.num_slices = p.slices.count;
-  const bool narrow = p.max_rank <= 16, vector = is_vector(p, narrow ? 4 : 8);
+  const bool narrow = p.max_rank <= 16, vector = moe_expand_is_vector(p, narrow ? 4 : 8);
   // By the shape alone, and whether it can be.
   const int sm_count = device_properties().sm_count;
   const bool many_by_shape =

@@ -56,6 +56,14 @@ inline MoeShrinkConfig moe_shrink_config(const MoeShape& s) {
   }
   config.split_features = static_cast<int>(ceil_div(ceil_div(s.in_features, splits), 128) * 128);
   config.splits = std::max(1, static_cast<int>(ceil_div(s.in_features, config.split_features)));
+  // Fewer rows a CTA where there are fewer CTAs than SMs: A comes by more of them (one token of
+  // rank 64, w2: 5.0 -> 4.7 us).
+  while (s.vector && config.row_blocks > 1 &&
+         2 * likely_moe_tiles(s.num_pairs, s.num_groups) * config.blocks * config.splits <=
+             s.sm_count) {
+    config.row_blocks /= 2;
+    config.blocks = s.matrices * static_cast<int>(ceil_div(s.rows, 16 * config.row_blocks));
+  }
   // A batch that waits for its loads, not for the bandwidth, gains from loads that begin before the
   // kernel may: 0.4 to 1 us where tiles are no more than two on an SM. Where A is more it would
   // only be read in another order.
@@ -73,6 +81,19 @@ inline MoeShrinkConfig moe_shrink_config(const MoeShape& s) {
   const bool even = per_sm >= 2 && per_sm <= 4 && 4 * most_blocks <= 5 * per_sm * s.sm_count;
   config.most_blocks_per_sm = config.prefetch_features == 0 && even ? static_cast<int>(per_sm) : 0;
   return config;
+}
+
+// Whether one kernel does both products: for few pairs, where what its CTAs, each of a tile and 256
+// columns (`blocks` of them), take of A by 16 rows is no more than 3 MB, for most of it is the same
+// and comes slowly; and where all of K has room in shared memory (Qwen3-30B, one token, w2: 3.9 ->
+// 2.6 us).
+constexpr int kMoeJointColumns = 256;
+inline bool moe_is_joint(int64_t num_pairs, int64_t num_groups, int64_t in_features, int max_rank,
+                         int blocks) {
+  constexpr int64_t kMostPairs = 32, kMostBytes = 3 << 20, kMostFeatures = 4096;
+  constexpr int kRows = 16;
+  return num_pairs <= kMostPairs && max_rank <= kRows && in_features <= kMostFeatures &&
+         likely_moe_tiles(num_pairs, num_groups) * blocks * kRows * in_features * 2 <= kMostBytes;
 }
 
 // Whether the expand is that of many pairs: where each (slot, expert) may well have as many as a

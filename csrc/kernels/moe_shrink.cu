@@ -188,7 +188,8 @@ cudaError_t moe_shrink(const MoeApplyParams& p, const MoeShrinkConfig& config) {
   for (int i = 0; i < num_matrices; ++i) {
     params.matrices[i] = {p.a.base[i], p.a.slot_stride[i], p.a.expert_stride[i], p.a.row_stride[i]};
   }
-  const bool vector = moe_shrink_is_vector(p), wide = params.blocks_per_matrix > 1;
+  const bool vector = moe_shrink_is_vector(p),
+             wide = params.blocks_per_matrix > 1 && config.row_blocks == 4;
   const int most_per_sm = moe_shrink_blocks_per_sm(p.num_pairs, config.row_blocks, wide);
   LaunchShape shape{};
   const int blocks = config.blocks * config.splits;

@@ -205,6 +205,8 @@ void bind_moe(py::module_& m) {
         "row_blocks"_a, "wide"_a);
   m.def("moe_expand_blocks_per_sm", &moe_expand_blocks_per_sm, py::kw_only(), "num_pairs"_a,
         "num_groups"_a, "blocks"_a, "units"_a, "sm_count"_a);
+  m.def("moe_is_joint", &moe_is_joint, py::kw_only(), "num_pairs"_a, "num_groups"_a,
+        "in_features"_a, "max_rank"_a, "blocks"_a);
   m.def("moe_expand_is_many", &moe_expand_is_many, py::kw_only(), "num_pairs"_a, "num_groups"_a,
         "max_rank"_a, "splits"_a);
   m.def("moe_expand_units", &moe_expand_units, py::kw_only(), "num_pairs"_a, "num_groups"_a,
