@@ -164,8 +164,13 @@ def test_one_kernel_does_both_products_of_few_pairs() -> None:
         (False, 16384, 1, 65, 8),
     ],
 )
-def test_the_moe_expand_of_many_pairs(many: bool, **shape: int) -> None:
-    assert testing.moe_expand_is_many(**shape) == many
+def test_the_moe_expand_of_many_pairs(
+    many: bool, num_pairs: int, num_groups: int, max_rank: int, splits: int
+) -> None:
+    is_many = testing.moe_expand_is_many(
+        num_pairs=num_pairs, num_groups=num_groups, max_rank=max_rank, splits=splits
+    )
+    assert is_many == many
 
 
 def test_moe_grids_of_few_pairs_are_what_is_resident_at_once() -> None:
