@@ -63,14 +63,21 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&out)[4], const void* row)
                : "r"(shared_address(row)));
 }
 
-// The same of each matrix transposed, and back.
+// The same of each matrix transposed.
 __device__ __forceinline__ void ldmatrix_transposed_x4(uint32_t (&out)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
                : "r"(shared_address(row))
                : "memory");
 }
+// Both ways back.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void stmatrix_x4(void* row, const uint32_t (&in)[4]) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};\n" ::"r"(shared_address(row)),
+      "r"(in[0]), "r"(in[1]), "r"(in[2]), "r"(in[3])
+      : "memory");
+}
 __device__ __forceinline__ void stmatrix_transposed_x4(void* row, const uint32_t (&in)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};\n" ::"r"(
                    shared_address(row)),

@@ -269,35 +269,47 @@ __device__ __forceinline__ void expand_wgmma_tile(const ExpandParams& p, const T
     // acc[4 n + 2 h + e] is of token 8 h + g, column 8 n + 2 q + e.
     unsigned char* span = spans + stage * Traits::kStageBytes;
     using Pair = std::conditional_t<sizeof(Y) == 2, uint32_t, float2>;
-    Pair outputs[2][kSpanColumns / 8];
+    // Of the units of eight columns 2 j and 2 j + 1, of tokens g and g + 8 each.
+    Pair outputs[kSpanColumns / 16][4];
+    const auto matrix = [&](int j) {  // the row that a lane names of matrices of 8 by 8
+      return span + Traits::at(lane % 16, 2 * j + lane / 16);
+    };
     const auto output = [&](int h, int n) {
       constexpr int kPairs = kPerChunk / 2;  // in a chunk
       return reinterpret_cast<Pair*>(span + Traits::at(8 * h + g, n * 4 / kPairs + q / kPairs)) +
              q % kPairs;
     };
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
+    for (int j = 0; j < kSpanColumns / 16; ++j) {
+      if constexpr (sizeof(Y) == 2) {
+        device::ldmatrix_x4(outputs[j], matrix(j));
+      } else {
 #pragma unroll
-      for (int n = 0; n < kSpanColumns / 8; ++n) {
-        outputs[h][n] = *output(h, n);
+        for (int i = 0; i < 4; ++i) {
+          outputs[j][i] = *output(i % 2, 2 * j + i / 2);
+        }
       }
     }
     device::wgmma_wait<0>();
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
+    for (int j = 0; j < kSpanColumns / 16; ++j) {
 #pragma unroll
-      for (int n = 0; n < kSpanColumns / 8; ++n) {
+      for (int i = 0; i < 4; ++i) {
+        const int n = 2 * j + i / 2, h = i % 2;
         float d0 = acc[4 * n + 2 * h], d1 = acc[4 * n + 2 * h + 1];
         if constexpr (device::kNeedsScale<T>) {
           d0 *= tokens.scales[h], d1 *= tokens.scales[h];
         }
-        Pair& pair = outputs[h][n];
+        Pair& pair = outputs[j][i];
         if constexpr (sizeof(Y) == 2) {
           pair = device::pack<Y>(device::unpack<Y>(pair, 0) + d0, device::unpack<Y>(pair, 1) + d1);
         } else {
           pair = make_float2(pair.x + d0, pair.y + d1);
+          *output(h, n) = pair;
         }
-        *output(h, n) = pair;
+      }
+      if constexpr (sizeof(Y) == 2) {
+        device::stmatrix_x4(matrix(j), outputs[j]);
       }
     }
     __syncwarp();
