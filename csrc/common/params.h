@@ -66,6 +66,7 @@ struct PlanParams {
 struct XaLayout {
   bool by_tile;  // else xa is a tensor with a row for each token
   bool summed;   // with parts: the expand finds their sums, as if there were none
+  bool halves;   // four neighbours are those of a lane, split: high parts of two, of two, low ones
   int32_t most_tiles;
   int32_t parts;  // 0: tiles are never cut
   int32_t steps;  // of K, a tile

@@ -149,8 +149,9 @@ int apply(const ApplyParams& p) {
   ShrinkParams down = shrink_of(p);
   ExpandParams up = expand_of(p);
   up.after_xa = p.dtype != DType::kFloat32;
-  const XaLayout layout = expand_reads_tiles(up) ? shrink_layout(down) : XaLayout{};
+  XaLayout layout = expand_reads_tiles(up) ? shrink_layout(down) : XaLayout{};
   if (layout.by_tile) {
+    layout.halves = (layout.parts == 0 || layout.summed) && expand_takes_halves(up);
     down.layout = up.layout = layout;
     down.xa_stride = up.xa_stride = int64_t{p.slices.count} * XaLayout::padded(p.max_rank);
   }

@@ -75,6 +75,19 @@ struct TokenOperand {
           sums[n][kk] = 16 * kk < rank ? part_of(0, n, kk) : make_float4(0, 0, 0, 0);
         }
       }
+      if (p.layout.halves) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+#pragma unroll
+          for (int kk = 0; kk < kSteps; ++kk) {
+            high[kk][n] = __float_as_uint(sums[n][kk].x);
+            high[kk][2 + n] = __float_as_uint(sums[n][kk].y);
+            low[kk][n] = __float_as_uint(sums[n][kk].z);
+            low[kk][2 + n] = __float_as_uint(sums[n][kk].w);
+          }
+        }
+        return;
+      }
 #pragma unroll 1
       for (int part = 1; part < parts; ++part) {
 #pragma unroll

@@ -71,7 +71,8 @@ __global__ void __launch_bounds__(kSumThreads)
       sum.w += __shfl_xor_sync(0xffffffffu, sum.w, distance);
     }
     if (used && sharer == 0) {
-      *reinterpret_cast<float4*>(xa + int64_t{row} * columns + column) = sum;
+      *reinterpret_cast<float4*>(xa + int64_t{row} * columns + column) =
+          p.layout.halves ? split_sums<__nv_bfloat16>(sum, column, rank) : sum;
     }
   }
 }

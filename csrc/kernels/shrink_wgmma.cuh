@@ -101,6 +101,21 @@ struct ShrinkGroup {
   int size, index, member;
 };
 
+// Four sums of a token, from `position` of its row on, as the expand's products take them: split
+// into halves, and 0 behind the rank.
+template <typename T>
+__device__ __forceinline__ float4 split_sums(float4 sum, int position, int rank) {
+  const int padded = XaLayout::padded(rank);
+  const int j = XaLayout::column(position - small_quotient(position, padded) * padded);
+  sum.x = j < rank ? sum.x : 0.0f, sum.y = j + 1 < rank ? sum.y : 0.0f;
+  sum.z = j + 8 < rank ? sum.z : 0.0f, sum.w = j + 9 < rank ? sum.w : 0.0f;
+  uint32_t high[2], low[2];
+  device::split_two<T>(sum.x, sum.y, high[0], low[0]);
+  device::split_two<T>(sum.z, sum.w, high[1], low[1]);
+  return make_float4(__uint_as_float(high[0]), __uint_as_float(high[1]), __uint_as_float(low[0]),
+                     __uint_as_float(low[1]));
+}
+
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 // n / d of numbers up to some thousands. A division of integers takes forty instructions, one
 // behind the other, and a CTA's first copy would wait for several.
@@ -246,11 +261,13 @@ __device__ __forceinline__ void multiply_piece(const ShrinkPiece& piece,
 }
 
 // Four sums of a token, from `position` of its row on.
+template <typename T>
 __device__ __forceinline__ void store_sums(const ShrinkParams& p, const ShrinkPiece& piece,
                                            int token, int position, float4 sum) {
   if (p.layout.by_tile) {
     float* to = static_cast<float*>(p.xa) + (piece.first_row + token) * p.xa_stride + position;
-    *reinterpret_cast<float4*>(to) = sum;
+    *reinterpret_cast<float4*>(to) =
+        p.layout.halves ? split_sums<T>(sum, position, piece.rank) : sum;
     return;
   }
   const int64_t id = p.plan.permutation[piece.tile.start + token];
@@ -287,7 +304,7 @@ __device__ __forceinline__ void shrink_wgmma_piece(const ShrinkWork& work, const
   const float scaling = p.scalings[piece.tile.slot];
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int first_token = threadIdx.x / 32 * 16 + g;  // and 8 further on
-  if (cluster == 1 && p.layout.by_tile) {
+  if (cluster == 1 && p.layout.by_tile && !(p.layout.halves && p.layout.parts == 0)) {
     if (multiplies) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -363,7 +380,7 @@ __device__ __forceinline__ void shrink_wgmma_piece(const ShrinkWork& work, const
         sum.x += next.x, sum.y += next.y, sum.z += next.z, sum.w += next.w;
       }
       sum.x *= scaling, sum.y *= scaling, sum.z *= scaling, sum.w *= scaling;
-      store_sums(p, piece, member * each + token, first_column + column, sum);
+      store_sums<T>(p, piece, member * each + token, first_column + column, sum);
     }
   }
 }
