@@ -117,6 +117,7 @@ def main() -> int:
         for rank in (16, 64):
             embedding(num_tokens, rank)
             moe(num_tokens, rank, 4)
+    moe(1500, 32, 8)
     moe(1500, 64, 8)
     moe(5000, 16, 8)
     return 0
