@@ -461,7 +461,7 @@ bool expand_reads_tiles(const ExpandParams& p) {
 
 // Those of fp16 are scaled by the largest of a token's, which no lane of the shrink knows.
 bool expand_takes_halves(const ExpandParams& p) {
-  return p.dtype == DType::kBFloat16 && p.max_rank > 32 && expand_reads_tiles(p) && takes_wgmma(p);
+  return p.dtype == DType::kBFloat16 && expand_reads_tiles(p);
 }
 
 int expand(const ExpandParams& p) {

@@ -239,6 +239,22 @@ __device__ __forceinline__ void expand_group(const ExpandParams& p, const TokenG
   uint32_t high[2][kSteps][2], low[2][kSteps][2];
   float scales[4];  // fp16 only: of the tokens 8 n + 2 q + e
   const auto load_xa = [&](int slice) {
+    if (p.layout.halves) {
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int kk = 0; kk < kSteps; ++kk) {
+          float4 four = make_float4(0, 0, 0, 0);
+          if (16 * kk < rank) {
+            four = __ldcg(reinterpret_cast<const float4*>(
+                xa_rows[n] + slice * XaLayout::padded(rank) + 16 * kk + 4 * q));
+          }
+          high[n][kk][0] = __float_as_uint(four.x), high[n][kk][1] = __float_as_uint(four.y);
+          low[n][kk][0] = __float_as_uint(four.z), low[n][kk][1] = __float_as_uint(four.w);
+        }
+      }
+      return;
+    }
     float2 sums[2][kSteps][2] = {};
     if (p.layout.by_tile) {
       const int64_t part_stride = kWideTileTokens * p.xa_stride;  // places of parts are neighbours
