@@ -158,19 +158,39 @@ def test_batch_invariant_means_one_choice_for_all_batches(tokens: list[int], **s
 
 
 @given(
-    capacity=st.integers(1, 300),
+    num_tokens=st.integers(1, 256),
+    num_slots=st.integers(1, 300),
     in_features=FEATURES,
     num_slices=st.integers(1, 8),
-    max_rank=st.integers(33, 128),
+    max_rank=st.integers(1, 128),
     sm_count=SM_COUNTS,
 )
-def test_the_grid_has_room_for_every_part_of_wide_tiles(capacity: int, **shape: int) -> None:
+def test_clusters_serve_every_unit_of_wide_tiles(**shape: int) -> None:
     split = testing.wide_split(**shape)
     assert split.row_groups * 64 >= shape["num_slices"] * shape["max_rank"]
-    parts = [split.parts(tiles) for tiles in range(1, capacity + 1)]
-    assert parts == sorted(parts, reverse=True) and parts[-1] >= 1
-    assert max(tiles * n for tiles, n in enumerate(parts, 1)) <= split.all_parts(capacity)
-    assert parts[0] == 1 or parts[0] * 5 * 64 <= shape["in_features"]
+    capacity = min(shape["num_tokens"], shape["num_tokens"] // 64 + shape["num_slots"])
+    before = split.cut(0)
+    for tiles in range(1, capacity + 1):
+        group, parts = split.cut(tiles)
+        assert split.cluster % group == 0 and parts >= 1
+        assert group * parts <= before[0] * before[1]  # more tiles, fewer CTAs for each
+        before = group, parts
+        groups = split.num_clusters * (split.cluster // group)
+        assert tiles * parts * split.row_groups <= groups
+        assert tiles * parts <= split.all_parts(capacity)
+        assert parts == 1 or parts * group * 256 <= shape["in_features"]
+
+
+def test_two_clusters_find_places_beside_each_other_where_units_may_be_many() -> None:
+    qkv = {"in_features": 4096, "num_slices": 3, "max_rank": 64, "sm_count": 132}
+    assert testing.wide_split(num_tokens=128, num_slots=2, **qkv).num_clusters == 16
+    assert testing.wide_split(num_tokens=128, num_slots=8, **qkv).num_clusters == 32
+    # Long K and few units: clusters of 16.
+    down = {**qkv, "num_slices": 1}
+    for in_features, cluster in ((14336, 16), (4096, 8)):
+        shape = {**down, "in_features": in_features}
+        split = testing.wide_split(num_tokens=128, num_slots=8, **shape)
+        assert split.cluster == cluster
 
 
 def test_wide_tiles_are_for_many_tokens_of_large_adapters() -> None:
@@ -186,8 +206,9 @@ def test_wide_tiles_are_for_many_tokens_of_large_adapters() -> None:
             num_tokens=200, num_slots=8, **{**qkv, "max_rank": max_rank}
         )
     # More tokens a slot where ranks are lower.
-    for max_rank, fewest in ((128, 48), (64, 160)):
-        shape = {"num_slots": 8, **qkv, "max_rank": max_rank}
+    narrow = {**qkv, "out_features": 6144}
+    for max_rank, fewest, sizes in ((128, 48, qkv), (64, 160, qkv), (64, 128, narrow)):
+        shape = {"num_slots": 8, **sizes, "max_rank": max_rank}
         assert testing.decode_is_wide(num_tokens=fewest, **shape)
         assert not testing.decode_is_wide(num_tokens=fewest - 1, **shape)
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from generators import apply_, generator, make_batch, make_module, on_devices, random_slots
+from lora_ext import ops
 from numerics import Expected, assert_close, assert_same_bits
 from test_lora_apply import check_apply, expected, random_problem
+from test_on_device import capture
 
 pytestmark = on_devices
 
@@ -40,6 +42,40 @@ def test_any_rank_of_the_pool(device, max_rank, layout):
     module = make_module([max_rank, 16, 37], 6144, [4096, 1024], torch.bfloat16, device)
     y, x, batch = random_problem(module, random_slots(250, 3, gen), gen)
     check_apply(y, x, module, batch, layout)
+
+
+@pytest.mark.parametrize("num_tokens", [17, 64, 130, 256])
+@pytest.mark.parametrize("max_rank", [64, 128])
+def test_parts_of_a_long_k(device, num_tokens, max_rank):
+    """Few tiles, whose K several clusters share."""
+    gen = generator("wide parts", num_tokens, max_rank)
+    module = make_module([max_rank], 14000, [1024], torch.bfloat16, device)
+    y, x, batch = random_problem(module, [0] * num_tokens, gen)
+    check_apply(y, x, module, batch, "packed")
+
+
+def test_a_plan_that_changes_in_front_of_the_shrink(device):
+    """What a thread block looks up before the plan is final it looks up again."""
+    gen = generator("wide plan")
+    module = make_module(RANKS, IN_FEATURES, OUTPUT_SLICES, torch.bfloat16, device)
+    weights = module.weights("packed")
+    y, x, _ = random_problem(module, MIXES["random"], gen)
+    slots = torch.zeros(256, dtype=torch.int32, device=device)
+    plan = make_batch(MIXES["one"], len(RANKS), device).plan
+    result = y.clone()
+
+    def step() -> None:
+        result.copy_(y)
+        ops.plan_batch_(plan, slots, num_slots=len(RANKS))
+        apply_(result, x, module, weights, plan)
+
+    run = capture(step).replay if device == "cuda" else step
+    for mix in [*MIXES, *reversed(MIXES)]:
+        slots.copy_(torch.tensor(MIXES[mix], dtype=torch.int32))
+        run()
+        want = y.clone()
+        apply_(want, x, module, weights, make_batch(MIXES[mix], len(RANKS), device).plan)
+        assert_same_bits(result, want)
 
 
 def test_wide_range_of_intermediates(device):

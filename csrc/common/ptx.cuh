@@ -110,6 +110,11 @@ __device__ __forceinline__ void copy_async_16(void* to, const void* from, int by
                  : "memory");
   }
 }
+// The same to a place in shared memory.
+__device__ __forceinline__ void copy_async_16(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
+}
 template <bool kLine = false>
 __device__ __forceinline__ void copy_async_8(void* to, const void* from, int bytes) {
   if constexpr (kLine) {
@@ -211,6 +216,18 @@ __device__ __forceinline__ void copy_bulk(void* to, const void* from, int bytes,
 }
 __device__ __forceinline__ void prefetch_map(const void* map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
+}
+
+// Four floats from L2, or zeros. Loads that a condition guards would wait for one another.
+__device__ __forceinline__ void load_where(float4& value, const float* from, bool condition) {
+  value = make_float4(0, 0, 0, 0);
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "setp.ne.s32 p, %4, 0;\n"
+      "@p ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%5];\n}\n"
+      : "+f"(value.x), "+f"(value.y), "+f"(value.z), "+f"(value.w)
+      : "r"(static_cast<int>(condition)), "l"(from)
+      : "memory");
 }
 
 // Asks for `bytes` to be brought to L2. A hint: nothing waits for it, and it may come before the

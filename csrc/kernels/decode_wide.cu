@@ -16,28 +16,23 @@ WideWork wide_work(const ApplyParams& p, const WideSplit& split) {
   work.most_tiles = static_cast<int32_t>(tiles);
   work.columns = static_cast<int32_t>(columns);
   work.parts = static_cast<float*>(p.workspace);
-  float* halves = work.parts + split.all_parts(tiles) * kWideTileTokens * columns;
-  work.halves = reinterpret_cast<uint4*>(halves);
-  // Quads are those of 128 ranks at most.
-  work.scales = halves + tiles * kWideTileTokens * p.slices.count * kWideMostRank;
   return work;
 }
 
 template <typename T>
 cudaError_t launch_shrink(const ApplyParams& p, const WideWork& work) {
   LaunchShape shape{};
-  shape.grid = dim3(static_cast<unsigned>(
-      work.split.all_parts(work.most_tiles) * work.split.row_groups + (p.beside ? 1 : 0)));
+  shape.grid = dim3(
+      static_cast<unsigned>(work.split.cluster * (work.split.num_clusters + (p.beside ? 1 : 0))));
   shape.threads = WideShrinkTraits::kThreads;
   shape.shared_bytes = WideShrinkTraits::kSharedBytes;
-  shape.cluster = 1;
+  shape.cluster = work.split.cluster;
   shape.dependent = !p.beside;  // the capture knows already on what it depends, and how
   return launch_kernel(p.beside ? decode_wide_shrink_kernel<T, true> : decode_wide_shrink_kernel<T>,
                        shape, p.stream, p, work);
 }
 
-// As many CTAs of the sum as have room beside those of the shrink, and of the expand as are
-// resident at once.
+// As many CTAs of the expand as are resident at once.
 template <typename T, typename Y, int kSteps>
 cudaError_t launch_expand(const ApplyParams& p, const WideWork& work) {
   int64_t blocks = 0;
@@ -45,19 +40,12 @@ cudaError_t launch_expand(const ApplyParams& p, const WideWork& work) {
     blocks += ceil_div(p.slices.offset[i + 1] - p.slices.offset[i], kWideColumns);
   }
   const int64_t most = 2 * device_properties().sm_count;
-  const int64_t rows = int64_t{work.most_tiles} * kWideTileTokens * p.slices.count;
   LaunchShape shape{};
-  shape.grid = dim3(static_cast<unsigned>(std::min(ceil_div(rows * kSteps, 8), most)));
   shape.threads = kWideThreads;
   shape.cluster = 1;
   shape.dependent = true;
-  const cudaError_t error =
-      launch_kernel(decode_wide_sum_kernel<T, kSteps>, shape, p.stream, p, work);
-  if (error != cudaSuccess) {
-    return error;
-  }
   shape.grid = dim3(static_cast<unsigned>(std::min(work.most_tiles * blocks, most)));
-  shape.shared_bytes = WideExpandTraits<Y, kSteps>::kSharedBytes;
+  shape.shared_bytes = WideExpandTraits<kSteps>::kSharedBytes;
   return launch_kernel(p.beside ? decode_wide_expand_kernel<T, Y, kSteps, true>
                                 : decode_wide_expand_kernel<T, Y, kSteps>,
                        shape, p.stream, p, work, static_cast<int>(blocks));
@@ -71,7 +59,7 @@ bool decode_wide_takes(const ApplyParams& p) {
 
 int64_t decode_wide_workspace(const ApplyParams& p, const WideSplit& split) {
   const WideWork work = wide_work(p, split);
-  return work.scales - work.parts + int64_t{work.most_tiles} * kWideTileTokens * p.slices.count;
+  return split.all_parts(work.most_tiles) * kWideTileTokens * work.columns;
 }
 
 int decode_wide(const ApplyParams& p, const WideSplit& split) {

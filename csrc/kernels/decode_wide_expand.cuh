@@ -1,83 +1,75 @@
-// The second and the third kernel of the decode apply of wide tiles (see decode_wide.cuh): xa from
-// its parts, and y += xa B^T.
+// The second kernel of the decode apply of wide tiles (see decode_wide.cuh): xa from its parts, and
+// y += xa B^T.
 #pragma once
 
 #include "kernels/decode_wide.cuh"
-#include "kernels/output_span.cuh"
 
 namespace lora_ext::cuda {
 
-constexpr int kWideWarps = 8;  // of the expand: two spans of 64 columns by four groups of 16 tokens
-constexpr int kWideThreads = 32 * kWideWarps;
-constexpr int kSpan = 64;  // columns of y that a warp holds sums of
-constexpr int kWideColumns = 2 * kSpan;
+constexpr int kWideThreads = 256;  // of the expand: two warpgroups, of 64 columns of y each
+constexpr int kWideColumns = 128;
 
-// A lane has a quad of ranks, a warp one token and slice, or several tokens; one, two, four or
-// eight warps divide the parts, so that all that a thread loads is on its way at once.
-template <typename T, int kSteps>
-__global__ void __launch_bounds__(kWideThreads)
-    decode_wide_sum_kernel(const __grid_constant__ ApplyParams p,
-                           const __grid_constant__ WideWork work) {
-  constexpr int kQuads = 4 * kSteps, kTokens = 32 / kQuads, kAtOnce = 10;
-  constexpr int kGroups = kWideTileTokens / kTokens;  // that a tile's tokens are
-  __shared__ float4 sums[kWideWarps][32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane % kQuads;
-  device::grid_dependency_launch();
-  const int num_tiles = work.num_tiles(p.plan), parts = work.split.parts(num_tiles);
-  const int num_slices = p.slices.count, items = num_tiles * num_slices * kGroups;
-  if (items == 0) {
-    if (p.beside && blockIdx.x == 0) {  // what comes next waits for this kernel, and for it alone
-      device::grid_dependency_wait();
-    }
-    return;
-  }
-  int sharers_log = 0;
-  while (sharers_log < 3 && parts > kAtOnce << sharers_log) {
-    ++sharers_log;
-  }
-  const int each = kWideWarps >> sharers_log, sharer = warp & ((1 << sharers_log) - 1);
-  bool waited = false;
+// kSteps: steps of 16 ranks. In shared memory, tiles of 64 ranks in the products' swizzle: of
+// weights, of xa's upper and of its lower halves.
+template <int kSteps>
+struct WideExpandTraits {
+  static constexpr int kQuads = 4 * kSteps;
+  static constexpr int kChunks = 2 * kSteps;  // of eight ranks, a row of weights
+  static constexpr int kRankTiles = kSteps / 4;
+  static constexpr int kWeightsTile = kWideColumns * 128, kXaTile = kWideTileTokens * 128;
+  static constexpr int kUpperAt = kRankTiles * kWeightsTile;
+  static constexpr int kLowerAt = kUpperAt + kRankTiles * kXaTile;
+  static constexpr int kScalesAt = kLowerAt + kRankTiles * kXaTile;  // fp16 only
+  static constexpr int kAlignment = 1024;                            // for the swizzle
+  static constexpr int kSharedBytes = kScalesAt + kWideTileTokens * 4 + kAlignment;
+};
+
+// A tile's xa of a slice to shared memory, as two halves and with a scale for each token: the sums
+// of the parts, of which as many are on their way at once as registers hold.
+// kAhead: parts behind the first one.
+template <typename T, int kSteps, int kAhead>
+__device__ __forceinline__ void sum_parts(const ApplyParams& p, const WideWork& work, int index,
+                                          int slice, const Tile& tile, int rank, int parts,
+                                          unsigned char* shared) {
+  using Traits = WideExpandTraits<kSteps>;
+  constexpr int kQuads = Traits::kQuads, kTokens = kWideThreads / kQuads, kOwn = 4;
+  const int quad = threadIdx.x % kQuads, padded = padded_rank(rank);
+  const int j = quad / 4 * 16 + quad % 4 * 2;
+  const int64_t stride = int64_t{kWideTileTokens} * work.columns;
 #pragma unroll 1
-  for (int first = blockIdx.x * each; first < items; first += gridDim.x * each) {
-    const int item = min(first + (warp >> sharers_log), items - 1);
-    const int row = small_quotient(item, num_slices), slice = item - row * num_slices;
-    const int index = row / kGroups, token = row % kGroups * kTokens + lane / kQuads;
-    const Tile tile = p.plan.wide_tiles[index];
-    const int rank = min(p.ranks[tile.slot], p.max_rank), padded = padded_rank(rank);
+  for (int first = 0; first < kWideTileTokens; first += kOwn * kTokens) {
+    const int token = first + threadIdx.x / kQuads;
+    const int tokens = 4 * quad < padded ? tile.count - token : 0;  // from there on
     const float* from = work.row_of_part(index * parts, token) + slice * padded + 4 * quad;
-    const int64_t stride = int64_t{kWideTileTokens} * work.columns;
-    if (!waited) {
-      device::grid_dependency_wait();  // the parts are all that is yet to come
-      waited = true;
-    }
-    float4 sum = make_float4(0, 0, 0, 0);
-    if (token < tile.count && 4 * quad < padded) {
+    const auto load = [&](float4(&to)[kOwn], int part) {
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        device::load_where(to[i], from + i * kTokens * work.columns,
+                           part < parts && i * kTokens < tokens);
+      }
+      from += stride;
+    };
+    float4 sums[kOwn];
+    load(sums, 0);
 #pragma unroll 1
-      for (int part = sharer; part < parts; part += kAtOnce << sharers_log) {
-        float4 next[kAtOnce];
+    for (int part = 1; part < parts; part += kAhead) {
+      float4 next[kAhead][kOwn];
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          next[i] = __ldcg(reinterpret_cast<const float4*>(
-              from + min(part + (i << sharers_log), parts - 1) * stride));
-        }
+      for (int n = 0; n < kAhead; ++n) {
+        load(next[n], part + n);
+      }
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {  // those past the last part count as 0
-          device::add_masked(sum, next[i], (part + (i << sharers_log) - parts) >> 31);
+      for (int n = 0; n < kAhead; ++n) {
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i) {
+          sums[i].x += next[n][i].x, sums[i].y += next[n][i].y;
+          sums[i].z += next[n][i].z, sums[i].w += next[n][i].w;
         }
       }
     }
-    if (sharers_log > 0) {
-      sums[warp][lane] = sum;
-      __syncthreads();
-      for (int w = 1; w < 1 << sharers_log && sharer == 0; ++w) {
-        const float4 next = sums[warp + w][lane];
-        sum.x += next.x, sum.y += next.y, sum.z += next.z, sum.w += next.w;
-      }
-      __syncthreads();
-    }
-    const int64_t out = (int64_t{index} * kWideTileTokens + token) * num_slices + slice;
-    if (sharer == 0) {
-      const int j = quad / 4 * 16 + quad % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      float4& sum = sums[i];
       sum.x = j < rank ? sum.x : 0.0f, sum.y = j + 1 < rank ? sum.y : 0.0f;
       sum.z = j + 8 < rank ? sum.z : 0.0f, sum.w = j + 9 < rank ? sum.w : 0.0f;
       if constexpr (device::kNeedsScale<T>) {
@@ -90,47 +82,43 @@ __global__ void __launch_bounds__(kWideThreads)
         const float scale = device::scale_down(most);
         sum.x *= scale, sum.y *= scale, sum.z *= scale, sum.w *= scale;
         if (quad == 0) {
-          work.scales[out] = device::scale_up(most);
+          reinterpret_cast<float*>(shared + Traits::kScalesAt)[token + i * kTokens] =
+              device::scale_up(most);
         }
       }
-      uint4 halves;
-      device::split_two<T>(sum.x, sum.y, halves.x, halves.z);
-      device::split_two<T>(sum.z, sum.w, halves.y, halves.w);
-      if (token < tile.count) {
-        work.halves[out * kQuads + quad] = halves;
-      }
+      uint2 upper, lower;
+      device::split_two<T>(sum.x, sum.y, upper.x, lower.x);
+      device::split_two<T>(sum.z, sum.w, upper.y, lower.y);
+      const int row = token + i * kTokens, chunk = quad % 16 / 4 * 2;
+      const int tile_row = quad / 16 * Traits::kXaTile + row * 128 + quad % 4 * 4;
+      unsigned char* to = shared + Traits::kUpperAt + tile_row + (chunk ^ row % 8) * 16;
+      unsigned char* next_to = shared + Traits::kUpperAt + tile_row + ((chunk + 1) ^ row % 8) * 16;
+      constexpr int kToLower = Traits::kLowerAt - Traits::kUpperAt;
+      *reinterpret_cast<uint32_t*>(to) = upper.x;
+      *reinterpret_cast<uint32_t*>(next_to) = upper.y;
+      *reinterpret_cast<uint32_t*>(to + kToLower) = lower.x;
+      *reinterpret_cast<uint32_t*>(next_to + kToLower) = lower.y;
     }
   }
 }
 
-// kSteps: steps of 16 ranks.
-template <typename Y, int kSteps>
-struct WideExpandTraits : OutputSpan<Y> {
-  static constexpr int kQuads = 4 * kSteps;
-  static constexpr int kChunks = 2 * kSteps;       // of eight ranks, a row of weights
-  static constexpr int kStride = kSteps * 16 + 8;  // elements; odd in chunks: no bank conflicts
-  static constexpr int kXaAt = kWideColumns * kStride * 2;
-  static constexpr int kOutputsAt = kXaAt + kWideTileTokens * kQuads * 16;
-  static constexpr int kSharedBytes = kOutputsAt + kWideWarps * OutputSpan<Y>::kSpanBytes;
-
-  __device__ static int xa_at(int token, int quad) {
-    return kXaAt + (token * kQuads + (quad ^ (token & 1) * 4)) * 16;
-  }
-};
-
 // A CTA at a time serves a tile and 128 columns of a slice; `blocks` are those of a tile.
 // kFollows: y comes with xa, not before.
 template <typename T, typename Y, int kSteps, bool kFollows = false>
-__global__ void __launch_bounds__(kWideThreads, 2)
+__global__ void __launch_bounds__(WideShrinkTraits::kBound, 2)
     decode_wide_expand_kernel(const __grid_constant__ ApplyParams p,
                               const __grid_constant__ WideWork work, int blocks) {
-  using Traits = WideExpandTraits<Y, kSteps>;
-  constexpr int kQuads = Traits::kQuads, kStride = Traits::kStride, kChunks = Traits::kChunks;
-  constexpr int kPerChunk = Traits::kPerChunk;
-  extern __shared__ __align__(128) unsigned char shared[];
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using Traits = WideExpandTraits<kSteps>;
+  constexpr int kChunks = Traits::kChunks;
+  constexpr int kAhead = kSteps == 4 && sizeof(Y) == 2 ? 3 : 2;  // no more, or registers spill
+  extern __shared__ unsigned char unaligned[];
+  unsigned char* shared =
+      unaligned + (-device::shared_address(unaligned) & (Traits::kAlignment - 1));
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4,
             q = lane % 4;
-  const int num_tiles = work.num_tiles(p.plan);
+  const int half = warp / 4;  // of the columns
+  const int num_tiles = work.num_tiles(p.plan), parts = work.split.cut(num_tiles).parts;
   bool waited = false;
 #pragma unroll 1
   for (int item = blockIdx.x;; item += gridDim.x) {
@@ -151,13 +139,12 @@ __global__ void __launch_bounds__(kWideThreads, 2)
       }
       block -= of_slice;
     }
-    const int first_token = warp % 4 * kTileTokens, span = warp / 4 * kSpan;
-    const int row_chunk = lane % Traits::kRowChunks, row_of_copy = lane / Traits::kRowChunks;
-    int ids[Traits::kCopies];
+    // Of the two tokens that the lane has sums of.
+    int ids[2];
 #pragma unroll
-    for (int i = 0; i < Traits::kCopies; ++i) {
-      const int token = first_token + Traits::kCopyRows * i + row_of_copy;
-      ids[i] = token < tile.count ? p.plan.permutation[tile.start + token] : -1;
+    for (int h = 0; h < 2; ++h) {
+      const int token = 16 * (warp % 4) + 8 * h + g;
+      ids[h] = token < tile.count ? p.plan.permutation[tile.start + token] : -1;
     }
     const int rank = min(p.ranks[tile.slot], p.max_rank);
     if (rank <= 0) {
@@ -176,112 +163,103 @@ __global__ void __launch_bounds__(kWideThreads, 2)
       for (int i = 0; i < kWideColumns / kRows; ++i) {
         const int c = row + i * kRows;
         if (c < columns) {
-          // Column 8 g + 2 b + h of a span is row g + 8 h of its block b.
-          const int at = c / 64 * 64 + c % 8 / 2 * 16 + c % 2 * 8 + c % 64 / 8;
-          device::copy_async_16(shared + (at * kStride + 8 * chunk) * 2, from, bytes);
+          // Column 32 m + 8 q + 2 n + e of a half is row 32 m + 8 n + 2 q + e of its product, so
+          // that a lane has eight neighbours.
+          const int to = c / 32 * 32 + c % 8 / 2 * 8 + c % 32 / 8 * 2 + c % 2;
+          device::copy_async_16(
+              shared + chunk / 8 * Traits::kWeightsTile + to * 128 + (chunk % 8 ^ to % 8) * 16,
+              from, bytes);
         }
         from += kRows * stride;
       }
     }
-    unsigned char* outputs = shared + Traits::kOutputsAt + warp * Traits::kSpanBytes;
-    const bool copies = span + row_chunk * kPerChunk < columns;
-    Y* rows[Traits::kCopies];
-    const auto fetch_y = [&](int i) {
-      if (rows[i] != nullptr) {
-        device::copy_async_16(outputs + Traits::at(Traits::kCopyRows * i + row_of_copy, row_chunk),
-                              rows[i], 16);
+    device::copy_async_commit();
+    device::Outputs<Y> outputs[2][2];
+    Y* rows[2][2];
+    const auto load_y = [&] {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+          if (rows[h][m] != nullptr) {
+            outputs[h][m].load(rows[h][m]);
+          }
+        }
       }
     };
 #pragma unroll
-    for (int i = 0; i < Traits::kCopies; ++i) {
-      rows[i] = copies && ids[i] >= 0 && ids[i] < p.num_tokens
-                    ? static_cast<Y*>(p.y) + ids[i] * p.y_stride + p.slices.offset[slice] +
-                          first_column + span + row_chunk * kPerChunk
-                    : nullptr;
-      if (!kFollows) {
-        fetch_y(i);
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        const int column = 64 * half + 32 * m + 8 * q;
+        rows[h][m] = column < columns && ids[h] >= 0 && ids[h] < p.num_tokens
+                         ? static_cast<Y*>(p.y) + ids[h] * p.y_stride + p.slices.offset[slice] +
+                               first_column + column
+                         : nullptr;
       }
     }
-    device::copy_async_commit();
+    if (!kFollows) {
+      load_y();
+    }
     if (!waited) {
       device::grid_dependency_launch();
       device::grid_dependency_wait();
       waited = true;
     }
     if (kFollows) {
-#pragma unroll
-      for (int i = 0; i < Traits::kCopies; ++i) {
-        fetch_y(i);
-      }
+      load_y();
     }
-    const int64_t first_out = int64_t{index} * kWideTileTokens * p.slices.count + slice;
-#pragma unroll
-    for (int i = 0; i < kWideTileTokens * kQuads / kWideThreads; ++i) {
-      const int at = thread + i * kWideThreads, token = at / kQuads, quad = at % kQuads;
-      if (token < tile.count && 4 * quad < padded_rank(rank)) {
-        device::copy_async_16(shared + Traits::xa_at(token, quad),
-                              work.halves + (first_out + token * p.slices.count) * kQuads + quad,
-                              16);
-      }
-    }
-    device::copy_async_commit();
-    float scales[4];  // fp16 only: of the tokens 8 n + 2 q + e
-    if constexpr (device::kNeedsScale<T>) {
-#pragma unroll
-      for (int o = 0; o < 4; ++o) {
-        const int token = first_token + 8 * (o / 2) + 2 * q + o % 2;
-        scales[o] = __ldcg(work.scales + first_out + token * p.slices.count);
-      }
-    }
+    sum_parts<T, kSteps, kAhead>(p, work, index, slice, tile, rank, parts, shared);
     device::copy_async_wait<0>();
+    device::fence_shared_for_products();
     __syncthreads();
-    if (first_token >= tile.count || span >= columns) {
+    if (64 * half >= columns) {
       continue;
     }
-    const T* weights =
-        reinterpret_cast<const T*>(shared) + (span + lane % 16) * kStride + lane / 16 * 8;
-    float acc[4][2][4] = {};
-#pragma unroll 2
+    // sums[4 (4 m + n) + 2 h + e] is token 16 (warp % 4) + 8 h + g, column 32 m + 8 q + 2 n + e.
+    float sums[32] = {};
+    device::wgmma_fence();
+#pragma unroll
     for (int kk = 0; kk < kSteps; ++kk) {
-      if (16 * kk < rank) {
-        uint32_t w[4][4];
-        uint4 tokens[2];
+      const uint64_t weights =
+          device::swizzled_tile(shared + kk / 4 * Traits::kWeightsTile + half * 64 * 128) +
+          kk % 4 * 2;
+      const int at = kk / 4 * Traits::kXaTile;
+      device::wgmma<T, 64>(sums, device::swizzled_tile(shared + Traits::kUpperAt + at) + kk % 4 * 2,
+                           weights);
+      device::wgmma<T, 64>(sums, device::swizzled_tile(shared + Traits::kLowerAt + at) + kk % 4 * 2,
+                           weights);
+    }
+    device::wgmma_commit();
+    float scales[2];  // fp16 only
+    if constexpr (device::kNeedsScale<T>) {
 #pragma unroll
-        for (int b = 0; b < 4; ++b) {
-          device::ldmatrix_x4(w[b], weights + b * 16 * kStride + 16 * kk);
-        }
+      for (int h = 0; h < 2; ++h) {
+        scales[h] =
+            reinterpret_cast<const float*>(shared + Traits::kScalesAt)[16 * (warp % 4) + 8 * h + g];
+      }
+    }
+    device::wgmma_wait<0>();
 #pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          tokens[n] = *reinterpret_cast<const uint4*>(
-              shared + Traits::xa_at(first_token + 8 * n + g, 4 * kk + q));
-        }
+    for (int h = 0; h < 2; ++h) {
 #pragma unroll
-        for (int b = 0; b < 4; ++b) {
+      for (int m = 0; m < 2; ++m) {
+        if (rows[h][m] != nullptr) {
+          float delta[8];
 #pragma unroll
-          for (int n = 0; n < 2; ++n) {
-            device::mma<T>(acc[b][n], w[b][0], w[b][1], w[b][2], w[b][3], tokens[n].x, tokens[n].y);
+          for (int i = 0; i < 8; ++i) {
+            delta[i] = sums[4 * (4 * m + i / 2) + 2 * h + i % 2];
+            if constexpr (device::kNeedsScale<T>) {
+              delta[i] *= scales[h];
+            }
           }
-        }
-#pragma unroll
-        for (int b = 0; b < 4; ++b) {
-#pragma unroll
-          for (int n = 0; n < 2; ++n) {
-            device::mma<T>(acc[b][n], w[b][0], w[b][1], w[b][2], w[b][3], tokens[n].z, tokens[n].w);
-          }
+          outputs[h][m].add(delta);
+          outputs[h][m].store(rows[h][m]);
         }
       }
     }
-    Traits::template add<T>(outputs, acc, scales);
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < Traits::kCopies; ++i) {
-      if (rows[i] != nullptr) {
-        *reinterpret_cast<uint4*>(rows[i]) = *reinterpret_cast<const uint4*>(
-            outputs + Traits::at(Traits::kCopyRows * i + row_of_copy, row_chunk));
-      }
-    }
-    __syncwarp();
   }
+#endif
 }
 
 }  // namespace lora_ext::cuda

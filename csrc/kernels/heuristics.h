@@ -211,53 +211,82 @@ inline ApplyConfig apply_config(const ApplyShape& s) {
           small ? kSharedPercent : -1};
 }
 
-// Into how many parts the shrink of wide tiles cuts K: as many as have room, chosen on the device.
+// How the shrink of wide tiles deals its clusters out. A unit is a tile and 64 rows of A. A cluster
+// shares a part of a unit's K among its CTAs and adds their sums up; with more units than clusters
+// it falls into groups that serve a unit each. Only the device knows how many tiles there are.
 struct WideSplit {
-  int32_t most_parts;  // of a tile
-  int32_t most_ctas;   // of a row group
-  int32_t row_groups;  // CTAs that share a part's rows of A
+  int32_t cluster;       // CTAs, a power of 2
+  int32_t num_clusters;  // of the grid
+  int32_t places;        // clusters that several parts of units may take together
+  int32_t most_parts;    // of a unit
+  int32_t row_groups;    // units of a tile
 
-  LORA_EXT_HOST_DEVICE int parts(int num_tiles) const {
-    const int fitting = small_quotient(most_ctas, num_tiles > 0 ? num_tiles : 1);
-    return fitting < 1 ? 1 : fitting < most_parts ? fitting : most_parts;
+  struct Cut {
+    int group;  // CTAs that share a part
+    int parts;
+  };
+  LORA_EXT_HOST_DEVICE Cut cut(int num_tiles) const {
+    const int units = num_tiles > 0 ? num_tiles * row_groups : 1;
+    Cut cut{cluster, 1};
+    for (int groups = num_clusters; groups < units && cut.group > 1; groups *= 2) {
+      cut.group /= 2;
+    }
+    if (cut.group == cluster) {
+      const int fitting = small_quotient(places, units);
+      cut.parts = fitting < 1 ? 1 : fitting < most_parts ? fitting : most_parts;
+    }
+    return cut;
   }
-  // Most parts of up to `capacity` tiles together.
+  // Most parts of a row group of up to `capacity` tiles together.
   int64_t all_parts(int64_t capacity) const {
-    return std::max(capacity, std::min<int64_t>(capacity * most_parts, most_ctas));
+    return std::max<int64_t>(capacity, places / row_groups);
   }
 };
 
 constexpr int kWideMostRank = 128;  // that the expand's shared memory holds for 64 tokens
 constexpr int kWideRows = 64;       // of A, that a CTA of the shrink takes
 
-// Where the decode kernels would read much from L2, a slot's weights for each 16 tokens, and slots
-// are few and may have many tokens: if all are in use 6, above rank 64, where x is read again for
-// each 32 rows (70b qkv, rank 128: T200 shared 35.0 -> 19.2 us, of eight slots 41.5 -> 33.5, but
-// zipf of 32 slots 87 -> 100; `down`, T50 shared 18.3 -> 11.9, of eight slots 29 -> 30.7), else 20
-// (qkv, rank 64: T256 shared 14.7 -> 11.0; gate_up, T128 of eight slots 22.6 -> 28.6, T160 of one
-// 20.9 -> 17.7, of eight 29.0 -> 30.1).
+// Where the decode kernels would read a slot's weights several times from L2, once for each 16
+// tokens, and slots are few and may have many tokens: if all are in use 6, above rank 64, where x
+// is read again for each 32 rows (70b `down`, T50 shared 18.3 -> 11.7 us, of eight slots 30.7 ->
+// 36); else 16, as long as tiles of as many leave the expand no more than two waves of CTAs (qkv,
+// rank 64, T128: of one adapter 11.4 -> 7.7, of eight 12.9 -> 12.9; gate_up 17.9 -> 12.7 and 22.8
+// -> 28.2), or 20.
 inline bool decode_is_wide(const ApplyShape& s) {
-  constexpr int64_t kMuch = 20 << 20;
-  if (!s.half || s.batch_invariant || s.num_tokens > kDecodeMaxTokens || s.max_rank <= 32 ||
-      s.max_rank > kWideMostRank) {
+  constexpr int64_t kMuch = 4 << 20;
+  if (!s.half || s.batch_invariant || s.num_tokens > kDecodeMaxTokens ||
+      s.num_tokens <= kTileTokens || s.max_rank <= 32 || s.max_rank > kWideMostRank) {
     return false;
   }
   const int64_t weights = int64_t{2} * s.max_rank * (s.num_slices * s.in_features + s.out_features);
+  const int64_t columns = likely_tiles(s.num_tokens, s.num_slots, kWideTileTokens) * s.out_features;
+  const int64_t tokens = s.max_rank > 64 ? 6 : columns <= 4 * 128 * s.sm_count ? 16 : 20;
   return ceil_div(s.num_tokens, kTileTokens) * weights > kMuch && s.num_slots <= s.sm_count / 16 &&
-         s.num_tokens >= s.num_slots * (s.max_rank > 64 ? 6 : 20);
+         s.num_tokens >= s.num_slots * tokens;
 }
 
-// A part has at least five steps of 64 values of K, or what it costs to add it up counts for more.
-// Two CTAs an SM, but one where a part's rows are one CTA's: the expand then is resident beside it
-// (`down`, rank 64, T256 shared: 12.2 -> 11.1 us).
+// Clusters of 8 find places on most of the chip; those of 16, on less of it, leave the expand half
+// as many parts, and are not idle where mixes leave a few more units, where full tiles make up to
+// four and K is long (`down`, rank 64, T128 shared: 8.4 -> 8.0 us, T256 zipf 19.0 -> 15.5). A CTA
+// has at least four steps of 64 values of K. Units, or parts of them, take a multiprocessor for
+// each CTA, so that the expand is resident beside them; only with more units two (qkv, rank 64,
+// T128 of eight slots: 14.8 -> 12.9), since CTAs without a unit come late and hold the expand up
+// (T32 shared: 5.1 -> 5.9).
 inline WideSplit wide_split(const ApplyShape& s) {
-  constexpr int64_t kStep = 64, kMostParts = 64;
+  constexpr int64_t kSteps = 4 * 64, kMostParts = 16;
   const int64_t rows = s.num_slices * ceil_div(s.max_rank, 16) * 16;
   const int64_t row_groups = ceil_div(rows, kWideRows);
-  return {static_cast<int32_t>(std::clamp<int64_t>(s.in_features / (5 * kStep), 1, kMostParts)),
-          static_cast<int32_t>(
-              std::max<int64_t>((row_groups == 1 ? 1 : 2) * s.sm_count / row_groups, 1)),
-          static_cast<int32_t>(row_groups)};
+  const int64_t full = ceil_div(s.num_tokens, kWideTileTokens) * row_groups;
+  const int64_t most = max_tiles(s.num_tokens, s.num_slots, kWideTileTokens) * row_groups;
+  const bool long_k = full <= 4 && s.in_features >= 2 * 16 * kSteps;
+  const int64_t cluster = long_k && resident_blocks(s.sm_count, 1, 16) >= 16 ? 16 : 8;
+  const int64_t places = std::max<int64_t>(s.sm_count / cluster, 1);
+  const int64_t grid = most > places ? 2 * places : places;
+  return {
+      static_cast<int32_t>(cluster), static_cast<int32_t>(std::max(grid, ceil_div(most, cluster))),
+      static_cast<int32_t>(places),
+      static_cast<int32_t>(std::clamp<int64_t>(s.in_features / (kSteps * cluster), 1, kMostParts)),
+      static_cast<int32_t>(row_groups)};
 }
 
 // CTAs of the decode expand that walk along the rows of y, `resident` on an SM; 0: one CTA for each

@@ -68,15 +68,26 @@ void bind_apply(py::module_& m) {
       py::kw_only(), "num_tokens"_a, "num_slots"_a, "in_features"_a, "num_slices"_a, "max_rank"_a,
       "sm_count"_a, "half"_a, "batch_invariant"_a);
   py::class_<WideSplit>(m, "WideSplit")
+      .def_readonly("cluster", &WideSplit::cluster)
+      .def_readonly("num_clusters", &WideSplit::num_clusters)
       .def_readonly("row_groups", &WideSplit::row_groups)
-      .def("parts", &WideSplit::parts, "num_tiles"_a)
+      .def(
+          "cut",
+          [](const WideSplit& split, int num_tiles) {
+            const WideSplit::Cut cut = split.cut(num_tiles);
+            return std::pair(cut.group, cut.parts);
+          },
+          "num_tiles"_a)
       .def("all_parts", &WideSplit::all_parts, "capacity"_a);
   m.def(
       "wide_split",
-      [](int64_t in_features, int num_slices, int max_rank, int sm_count) {
-        return wide_split({256, 1, in_features, 0, num_slices, max_rank, sm_count, true, false});
+      [](int64_t num_tokens, int64_t num_slots, int64_t in_features, int num_slices, int max_rank,
+         int sm_count) {
+        return wide_split(
+            {num_tokens, num_slots, in_features, 0, num_slices, max_rank, sm_count, true, false});
       },
-      py::kw_only(), "in_features"_a, "num_slices"_a, "max_rank"_a, "sm_count"_a);
+      py::kw_only(), "num_tokens"_a, "num_slots"_a, "in_features"_a, "num_slices"_a, "max_rank"_a,
+      "sm_count"_a);
   m.def(
       "decode_is_wide",
       [](int64_t num_tokens, int64_t num_slots, int64_t in_features, int64_t out_features,
