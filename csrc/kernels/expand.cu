@@ -10,9 +10,9 @@
 #include "common/vec.cuh"
 #include "kernels/expand_stream.cuh"
 #include "kernels/expand_wgmma.cuh"
-#include "kernels/heuristics.h"
 #include "kernels/kernels.h"
 #include "kernels/launch.cuh"
+#include "kernels/prefill_heuristics.h"
 #include "kernels/tensor_map.h"
 #include "kernels/wide_apply.h"
 

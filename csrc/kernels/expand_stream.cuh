@@ -11,8 +11,8 @@
 
 #include "common/ptx.cuh"
 #include "common/vec.cuh"
-#include "kernels/heuristics.h"
 #include "kernels/output_span.cuh"
+#include "kernels/prefill_heuristics.h"
 
 namespace lora_ext::cuda {
 

@@ -6,9 +6,9 @@
 // split K, and their sums meet in distributed shared memory in fixed order.
 #include "common/ptx.cuh"
 #include "common/vec.cuh"
-#include "kernels/heuristics.h"
 #include "kernels/kernels.h"
 #include "kernels/launch.cuh"
+#include "kernels/prefill_heuristics.h"
 #include "kernels/wide_apply.h"
 
 namespace lora_ext::cuda {

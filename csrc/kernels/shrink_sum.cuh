@@ -4,7 +4,7 @@
 #pragma once
 
 #include "common/ptx.cuh"
-#include "kernels/heuristics.h"
+#include "kernels/prefill_heuristics.h"
 #include "kernels/shrink_wgmma.cuh"
 
 namespace lora_ext::cuda {

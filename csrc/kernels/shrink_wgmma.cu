@@ -4,8 +4,8 @@
 #include <numeric>
 #include <type_traits>
 
-#include "kernels/heuristics.h"
 #include "kernels/launch.cuh"
+#include "kernels/prefill_heuristics.h"
 #include "kernels/shrink_sum.cuh"
 #include "kernels/shrink_wgmma.cuh"
 #include "kernels/tensor_map.h"

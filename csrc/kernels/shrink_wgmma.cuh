@@ -12,7 +12,7 @@
 #include "common/ptx.cuh"
 #include "common/vec.cuh"
 #include "common/wgmma.cuh"
-#include "kernels/heuristics.h"
+#include "kernels/prefill_heuristics.h"
 #include "kernels/tensor_map.h"
 
 namespace lora_ext::cuda {

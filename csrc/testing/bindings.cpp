@@ -6,6 +6,7 @@
 #include "kernels/heuristics.h"
 #include "kernels/linear_heuristics.h"
 #include "kernels/moe_heuristics.h"
+#include "kernels/prefill_heuristics.h"
 
 namespace py = pybind11;
 using namespace py::literals;
