@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +19,15 @@ FEATURES = st.integers(1, 200_000)
 SM_COUNTS = st.sampled_from([1, 78, 108, 132, 148])
 PAIRS = st.integers(1, 200_000)
 GROUPS = st.integers(1, 2**31 - 1)
+SHRINK: dict[str, Any] = {  # what moe_shrink_config takes
+    "num_pairs": PAIRS,
+    "num_groups": GROUPS,
+    "in_features": FEATURES,
+    "matrices": st.integers(1, 8),
+    "rows": st.integers(1, 8 * 1024),
+    "vector": st.booleans(),
+    "sm_count": SM_COUNTS,
+}
 
 
 @given(num_tokens=st.integers(0, 20_000), top_k=st.integers(1, 16), num_slots=SLOTS)
@@ -30,15 +41,7 @@ def test_the_routing_grows_with_the_pairs_alone(
     assert testing.max_moe_tiles(pairs, groups) <= pairs
 
 
-@given(
-    num_pairs=PAIRS,
-    num_groups=GROUPS,
-    in_features=FEATURES,
-    matrices=st.integers(1, 8),
-    rows=st.integers(1, 8 * 1024),
-    vector=st.booleans(),
-    sm_count=SM_COUNTS,
-)
+@given(**SHRINK)
 def test_the_moe_shrink_covers_rows_and_features(**shape: int) -> None:
     config = testing.moe_shrink_config(**shape)
     per_matrix = config.blocks // shape["matrices"]
@@ -52,15 +55,7 @@ def test_the_moe_shrink_covers_rows_and_features(**shape: int) -> None:
     assert shape["in_features"] <= config.splits * config.split_features
 
 
-@given(
-    num_pairs=PAIRS,
-    num_groups=GROUPS,
-    in_features=FEATURES,
-    matrices=st.integers(1, 8),
-    rows=st.integers(1, 8 * 1024),
-    vector=st.booleans(),
-    sm_count=SM_COUNTS,
-)
+@given(**SHRINK)
 def test_the_moe_shrink_prefetches_where_a_is_little(**shape: int) -> None:
     config = testing.moe_shrink_config(**shape)
     groups = min(shape["num_pairs"], shape["num_groups"])
@@ -72,15 +67,7 @@ def test_the_moe_shrink_prefetches_where_a_is_little(**shape: int) -> None:
         assert config.prefetch_features == config.split_features
 
 
-@given(
-    num_pairs=PAIRS,
-    num_groups=GROUPS,
-    in_features=FEATURES,
-    matrices=st.integers(1, 8),
-    rows=st.integers(1, 8 * 1024),
-    vector=st.booleans(),
-    sm_count=SM_COUNTS,
-)
+@given(**SHRINK)
 def test_moe_shrink_blocks_are_spread_where_they_are_few(**shape: int) -> None:
     config = testing.moe_shrink_config(**shape)
     groups = min(shape["num_pairs"], shape["num_groups"])
