@@ -19,9 +19,11 @@ FEATURES = st.integers(1, 200_000)
 SM_COUNTS = st.sampled_from([1, 78, 108, 132, 148])
 PAIRS = st.integers(1, 200_000)
 GROUPS = st.integers(1, 2**31 - 1)
+EXPERTS = st.integers(1, 1024)
 SHRINK: dict[str, Any] = {  # what moe_shrink_config takes
     "num_pairs": PAIRS,
     "num_groups": GROUPS,
+    "num_experts": EXPERTS,
     "in_features": FEATURES,
     "matrices": st.integers(1, 8),
     "rows": st.integers(1, 8 * 1024),
@@ -56,6 +58,28 @@ def test_the_moe_shrink_covers_rows_and_features(**shape: int) -> None:
 
 
 @given(**SHRINK)
+def test_ctas_of_the_moe_shrink_share_parts_of_k_where_tiles_may_be_few(**shape: int) -> None:
+    config = testing.moe_shrink_config(**shape)
+    if config.few_tiles > 0:
+        # All CTAs of so many tiles are resident, two to an SM; more tiles were expected.
+        groups = min(shape["num_pairs"], shape["num_groups"])
+        assert 4 * config.few_tiles * config.splits <= 2 * shape["sm_count"]
+        assert 2 * config.few_tiles < max(groups, -(-shape["num_pairs"] // 64))
+        assert config.few_features % 128 == 0
+        assert config.few_features <= config.split_features <= 4 * config.few_features
+
+
+def test_few_experts_of_one_adapter_share_parts_of_k() -> None:
+    shape = dict(in_features=2880, matrices=1, rows=32, vector=True, sm_count=132)
+    of = testing.moe_shrink_config
+    few = of(num_pairs=1200, num_groups=256, num_experts=32, **shape)  # gpt-oss-20b, 300 tokens
+    assert (few.splits, few.split_features) == (1, 2944)
+    assert (few.few_tiles, few.few_features) == (66, 768)
+    assert of(num_pairs=1200, num_groups=1024, num_experts=128, **shape).few_tiles == 0
+    assert of(num_pairs=1200, num_groups=32, num_experts=32, **shape).few_tiles == 0
+
+
+@given(**SHRINK)
 def test_the_moe_shrink_prefetches_where_a_is_little(**shape: int) -> None:
     config = testing.moe_shrink_config(**shape)
     groups = min(shape["num_pairs"], shape["num_groups"])
@@ -83,7 +107,7 @@ def test_moe_shrink_blocks_are_spread_where_they_are_few(**shape: int) -> None:
 def test_a_long_k_is_split_further_for_few_pairs(**shape: int) -> None:
     def features(in_features: int) -> int:
         config = testing.moe_shrink_config(
-            in_features=in_features, matrices=1, vector=True, **shape
+            in_features=in_features, matrices=1, vector=True, num_experts=100, **shape
         )
         return int(config.split_features)
 
@@ -102,6 +126,7 @@ def test_a_long_k_of_many_pairs_is_left(num_pairs: int, features: int) -> None:
     config = testing.moe_shrink_config(
         num_pairs=num_pairs,
         num_groups=100,
+        num_experts=100,
         in_features=14336,
         matrices=1,
         rows=16,
@@ -193,20 +218,21 @@ def test_warps_of_the_moe_expand_take_two_units_only_beyond_a_wave(**shape: int)
 @given(
     num_pairs=PAIRS,
     num_groups=GROUPS,
+    num_experts=EXPERTS,
     in_features=FEATURES,
     rank=st.integers(1, 1024),
     slices=st.integers(1, 8),
     sm_count=SM_COUNTS,
 )
 def test_layouts_do_not_change_how_k_is_split(rank: int, slices: int, **shape: int) -> None:
-    splits = {
+    configs = [
         testing.moe_shrink_config(
             matrices=matrices, rows=slices * rank // matrices, vector=vector, **shape
-        ).split_features
+        )
         for matrices in (1, slices)
         for vector in (False, True)
-    }
-    assert len(splits) == 1
+    ]
+    assert len({(c.split_features, c.few_tiles, c.few_features) for c in configs}) == 1
 
 
 @given(

@@ -267,6 +267,27 @@ def test_layouts_and_addresses_do_not_change_a_bit(device, dtype, ranks, num_tok
     assert_same_bits(again, first)
 
 
+# One adapter of few experts makes so few tiles that CTAs share parts of K, several adapters not.
+@pytest.mark.parametrize("num_tokens", [75, 300])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_adapter_of_few_experts(device, dtype, num_tokens):
+    gen = generator("few experts", dtype, num_tokens)
+    module = make_moe([16, 5, 0, 12, 3, 16, 9, 7], 32, 2056, [40, 24], dtype, device)
+    ids = random_ids(num_tokens, 4, 32, gen)
+    one_slots = [[slot] * num_tokens for slot in (0, 1)]
+    for slots in (*one_slots, torch.randint(8, (num_tokens,), generator=gen).tolist()):
+        batch = route(ids, slots, module, device)
+        y, x = tensors(module, batch, False, gen)
+        first, again = y.clone(), misaligned(y)
+        check_apply(first, x, module, batch)
+        apply_(again, misaligned(x), module, module.weights(place=misaligned), batch)
+        assert_same_bits(again, first)
+        for layout in LAYOUTS:
+            again = y.clone()
+            apply_(again, x, module, module.weights(layout), batch)
+            assert_same_bits(again, first)
+
+
 def test_y_with_three_dimensions_and_strided_rows(device):
     gen = generator("3-D")
     module = make_moe([16, 4], 4, 64, [40, 24], torch.bfloat16, device)

@@ -8,6 +8,7 @@
 #include "common/vec.cuh"
 #include "kernels/kernels.h"
 #include "kernels/moe_apply.h"
+#include "kernels/wide_apply.h"
 
 namespace lora_ext::cuda {
 namespace {
@@ -19,6 +20,8 @@ MoeShrinkConfig shrink_config_of(const MoeApplyParams& p) {
   MoeShape shape{};
   shape.num_pairs = p.num_pairs;
   shape.num_groups = moe_groups(p);
+  // CTAs share a part of K where there are clusters, and the products by wgmma that know of it.
+  shape.num_experts = has_wgmma() ? p.num_experts : shape.num_groups;
   shape.in_features = p.in_features;
   // The slices of a packed A are one matrix.
   shape.matrices = p.a.rows_by_rank ? 1 : p.slices.count;

@@ -8,6 +8,7 @@ namespace lora_ext {
 
 struct MoeShape {
   int64_t num_pairs, num_groups;  // (slot, expert) that the weights have
+  int64_t num_experts;
   int64_t in_features;
   int matrices, rows;  // matrices of A for one (slot, expert), and rows of each
   bool vector;         // addresses and strides allow 16-byte loads
@@ -19,6 +20,9 @@ struct MoeShrinkConfig {
   int blocks;      // CTAs that share a tile's rows
   int splits;      // CTAs that share K; each has a plane of the workspace, which the expand adds up
   int split_features;
+  // Up to so many tiles (0: none), which only the device can count, kMoeFewParts CTAs share a part
+  // of K, so many values each, and add up their sums.
+  int few_tiles, few_features;
   int prefetch_features;   // of a part of K, brought to L2 ahead of time
   int most_blocks_per_sm;  // 0: as many as fit
 };
@@ -29,33 +33,39 @@ inline int64_t likely_moe_tiles(int64_t num_pairs, int64_t num_groups) {
   return std::max(ceil_div(num_pairs, kMoeTilePairs), std::min(num_pairs, num_groups));
 }
 
-// As many rows in a CTA as x is to be read for, up to 64, where registers end. K is split while all
-// CTAs stay resident (two to an SM) and each has 384 values of it, 12 loads for each lane of its
-// four warps: fewer are not worth another plane for the expand to read. The split does not
-// depend on how the weights lie in memory, so neither do the bits of a result.
-inline MoeShrinkConfig moe_shrink_config(const MoeShape& s) {
-  constexpr int kMaxSplits = 16, kMostRows = 64;
-  MoeShrinkConfig config{};
-  config.row_blocks = !s.vector || s.rows <= 16 ? 1 : s.rows <= 32 ? 2 : 4;
-  config.blocks = s.matrices * static_cast<int>(ceil_div(s.rows, 16 * config.row_blocks));
-  const int64_t ctas = likely_moe_tiles(s.num_pairs, s.num_groups) *
-                       ceil_div(int64_t{s.matrices} * s.rows, kMostRows);
-  int splits = 1;
-  while (splits < kMaxSplits && s.in_features >= 768 * splits &&
-         2 * splits * ctas <= 2 * s.sm_count) {
-    splits *= 2;
+// Parts of K of a tile: as many as keep all CTAs resident (two to an SM) and leave each 384 values
+// of it, 12 loads for each lane of its four warps: fewer are not worth another plane for the expand
+// to read.
+inline int moe_shrink_parts(const MoeShape& s, int64_t ctas) {
+  constexpr int kMaxParts = 16;
+  int parts = 1;
+  while (parts < kMaxParts && s.in_features >= 768 * parts && 2 * parts * ctas <= 2 * s.sm_count) {
+    parts *= 2;
   }
   // A long K goes on to be split, up to four CTAs an SM: a tile of many pairs has so much of x that
   // the others would wait for it (Mixtral's w2, 256 pairs: 22.9 -> 19.8 us). Not with thousands of
   // pairs, for which another plane is more to read (4,096: 70 -> 76).
   constexpr int kLongFeatures = 1792, kLongPairs = 1024;
-  while (splits < kMaxSplits && s.num_pairs <= kLongPairs &&
-         s.in_features >= int64_t{2} * kLongFeatures * splits &&
-         2 * splits * ctas <= 4 * s.sm_count) {
-    splits *= 2;
+  while (parts < kMaxParts && s.num_pairs <= kLongPairs &&
+         s.in_features >= int64_t{2} * kLongFeatures * parts &&
+         2 * parts * ctas <= 4 * s.sm_count) {
+    parts *= 2;
   }
-  config.split_features = static_cast<int>(ceil_div(ceil_div(s.in_features, splits), 128) * 128);
-  config.splits = std::max(1, static_cast<int>(ceil_div(s.in_features, config.split_features)));
+  return parts;
+}
+
+// As many rows in a CTA as x is to be read for, up to 64, where registers end. How K is split does
+// not depend on how the weights lie in memory, so neither do the bits of a result.
+constexpr int kMoeFewParts = 4;  // CTAs that share a part of K where tiles are few
+inline MoeShrinkConfig moe_shrink_config(const MoeShape& s) {
+  constexpr int kMostRows = 64;
+  MoeShrinkConfig config{};
+  config.row_blocks = !s.vector || s.rows <= 16 ? 1 : s.rows <= 32 ? 2 : 4;
+  config.blocks = s.matrices * static_cast<int>(ceil_div(s.rows, 16 * config.row_blocks));
+  const int64_t tile_ctas = ceil_div(int64_t{s.matrices} * s.rows, kMostRows);
+  const int parts = moe_shrink_parts(s, likely_moe_tiles(s.num_pairs, s.num_groups) * tile_ctas);
+  config.split_features = static_cast<int>(ceil_div(ceil_div(s.in_features, parts), 128) * 128);
+  config.splits = static_cast<int>(ceil_div(s.in_features, config.split_features));
   // Fewer rows a CTA where there are fewer CTAs than SMs: A comes by more of them (one token of
   // rank 64, w2: 5.0 -> 4.7 us).
   while (s.vector && config.row_blocks > 1 &&
@@ -70,8 +80,17 @@ inline MoeShrinkConfig moe_shrink_config(const MoeShape& s) {
   constexpr int64_t kPrefetchBytes = 8 << 20;
   const int64_t tiles = likely_moe_tiles(s.num_pairs, s.num_groups);
   const int64_t a_bytes = tiles * s.matrices * s.rows * s.in_features * 2;
-  config.prefetch_features =
-      s.vector && tiles <= 2 * s.sm_count && a_bytes <= kPrefetchBytes ? config.split_features : 0;
+  const bool small = tiles <= 2 * s.sm_count && a_bytes <= kPrefetchBytes;
+  config.prefetch_features = s.vector && small ? config.split_features : 0;
+  // With one adapter of few experts there may be far fewer tiles than these, so few that most SMs
+  // would have none (gpt-oss-20b, 300 tokens of rank 64, w13: 51.8 -> 41.2 us).
+  const int64_t one_slot =
+      likely_moe_tiles(s.num_pairs, std::min(s.num_groups, s.num_experts)) * tile_ctas;
+  if (!small && moe_shrink_parts(s, one_slot) >= kMoeFewParts * parts) {
+    config.few_tiles = static_cast<int>(2 * s.sm_count / (kMoeFewParts * parts * tile_ctas));
+    config.few_features =
+        static_cast<int>(ceil_div(ceil_div(config.split_features, kMoeFewParts), 128) * 128);
+  }
   // CTAs that come while the kernel before is at work crowd where that one has left. Where even
   // shares of them are a few on each SM, no SM may have more.
   const int64_t likely_blocks = tiles * config.blocks * config.splits;

@@ -8,6 +8,10 @@
 // order. Many: the warps share what they load, and the products; with more than 64 rows of A one
 // CTA does two CTAs' rows then, so that x is read once. Parts of K of different CTAs go to planes
 // of the workspace of their own.
+//
+// How many tiles there are only the device knows: one adapter of 32 experts has an eighth of those
+// that eight adapters have. Where they may be so few that most SMs would have none, CTAs come in
+// clusters of four, which take four tiles, or share one and add up their sums.
 #include "kernels/moe_shrink_many.cuh"
 
 namespace lora_ext::cuda {
@@ -59,8 +63,10 @@ __device__ __forceinline__ void prefetch_part(const MoeShrinkParams& p, const Mo
   }
 }
 
-// kWide: A has more rows than a CTA computes for few pairs; for many, one in two serves both.
-template <typename T, int kRowBlocks, bool kWide, bool kVector, bool kDeep>
+// kTwoWays: the CTAs of a cluster share a tile's part of K if there are up to p.few_tiles tiles,
+// and take a tile each otherwise. Which one, each knows as soon as how many there are, for it reads
+// both. kWide: A has more rows than a CTA computes for few pairs; for many, one in two serves both.
+template <typename T, int kRowBlocks, bool kWide, bool kVector, bool kDeep, bool kTwoWays>
 __global__ void __launch_bounds__(kMoeThreads, kRowBlocks == 4 && !kWide ? 2 : 3)
     moe_shrink_kernel(const __grid_constant__ MoeShrinkParams p) {
   using Traits = MoeShrinkTraits<kRowBlocks, kWide, kDeep>;
@@ -81,15 +87,33 @@ __global__ void __launch_bounds__(kMoeThreads, kRowBlocks == 4 && !kWide ? 2 : 3
   device::grid_dependency_launch();
   const int num_tiles = p.routing.num_tiles();
   const int32_t* permutation = p.routing.permutation();
-  MoeTile tile = p.routing.tile(blockIdx.y);
+  int first = blockIdx.y, stride = gridDim.y;
+  MoeTile tile = p.routing.tile(first);
+  const bool shares = kTwoWays && num_tiles <= p.few_tiles;
+  if constexpr (kTwoWays) {
+    const int member = work.split % kMoeFewParts;  // of the cluster
+    work.split /= kMoeFewParts;
+    const int own_first = kMoeFewParts * first + member;
+    const MoeTile own_tile = p.routing.tile(own_first);
+    work.k_begin = work.split * p.split_features;
+    work.k_end = min(work.k_begin + p.split_features, p.in_features);
+    if (shares) {
+      work.k_begin = min(work.k_begin + member * p.few_features, work.k_end);
+      work.k_end = min(work.k_begin + p.few_features, work.k_end);
+    } else {
+      tile = own_tile;
+      first = own_first;
+      stride *= kMoeFewParts;
+    }
+  }
   const bool cached = p.num_slots <= kCachedSlots;
   if (cached && thread < p.num_slots) {
     shared.ranks[thread] = p.ranks[thread];
   }
   const MoeShrinkMatrix& matrix = p.matrices[work.matrix];
   __syncthreads();
-  for (int index = blockIdx.y; index < num_tiles; index += gridDim.y) {
-    if (index != blockIdx.y) {
+  for (int index = first; index < num_tiles; index += stride) {
+    if (index != first) {
       tile = p.routing.tile(index);
     }
     if (!is_valid(tile, p.num_slots, p.num_experts)) {
@@ -120,18 +144,18 @@ __global__ void __launch_bounds__(kMoeThreads, kRowBlocks == 4 && !kWide ? 2 : 3
     if (many) {
       __syncthreads();  // the tile's pairs
       if (work.count <= kMoeTilePairs / 2) {
-        shrink_many<T, Traits::kManyBlocks, kMoeTilePairs / 2, Traits::kSharedBytes, kVector>(
-            p, work, a, matrix.row_stride, scale, shared, buffer);
+        shrink_many<T, Traits::kManyBlocks, kMoeTilePairs / 2, Traits::kSharedBytes, kVector,
+                    kTwoWays>(p, work, a, matrix.row_stride, scale, shares, shared, buffer);
       } else {
-        shrink_many<T, Traits::kManyBlocks, kMoeTilePairs, Traits::kSharedBytes, kVector>(
-            p, work, a, matrix.row_stride, scale, shared, buffer);
+        shrink_many<T, Traits::kManyBlocks, kMoeTilePairs, Traits::kSharedBytes, kVector, kTwoWays>(
+            p, work, a, matrix.row_stride, scale, shares, shared, buffer);
       }
     } else if (work.count <= 8) {
-      shrink_few<T, kRowBlocks, 1, Traits::kSharedBytes, kVector>(p, work, a, matrix.row_stride,
-                                                                  scale, shared, buffer);
+      shrink_few<T, kRowBlocks, 1, Traits::kSharedBytes, kVector, kTwoWays>(
+          p, work, a, matrix.row_stride, scale, shares, shared, buffer);
     } else {
-      shrink_few<T, kRowBlocks, 2, Traits::kSharedBytes, kVector>(p, work, a, matrix.row_stride,
-                                                                  scale, shared, buffer);
+      shrink_few<T, kRowBlocks, 2, Traits::kSharedBytes, kVector, kTwoWays>(
+          p, work, a, matrix.row_stride, scale, shares, shared, buffer);
     }
   }
 }
@@ -147,7 +171,13 @@ cudaError_t launch(const MoeShrinkParams& params, LaunchShape shape, int most_bl
     const int bytes = device_properties().shared_bytes / (most_blocks_per_sm + 1);
     shape.shared_bytes = std::max(shape.shared_bytes, std::min(bytes, kMaxSharedBytes));
   }
-  return launch_kernel(moe_shrink_kernel<T, kRowBlocks, kWide, kVector, kDeep>, shape, stream,
+  if constexpr (kVector) {
+    if (params.few_tiles == 0) {
+      return launch_kernel(moe_shrink_kernel<T, kRowBlocks, kWide, true, kDeep, false>, shape,
+                           stream, params);
+    }
+  }
+  return launch_kernel(moe_shrink_kernel<T, kRowBlocks, kWide, kVector, kDeep, true>, shape, stream,
                        params);
 }
 
@@ -161,6 +191,7 @@ bool moe_shrink_is_vector(const MoeApplyParams& p) {
 cudaError_t moe_shrink(const MoeApplyParams& p, const MoeShrinkConfig& config) {
   const MoeWorkspace at(p, config.splits);
   const int num_matrices = p.a.rows_by_rank ? 1 : p.slices.count;
+  const bool vector = moe_shrink_is_vector(p);
   MoeShrinkParams params{};
   params.routing = moe_routing(p);
   params.ranks = p.ranks;
@@ -179,7 +210,11 @@ cudaError_t moe_shrink(const MoeApplyParams& p, const MoeShrinkConfig& config) {
   params.max_rank = p.max_rank;
   params.xa_rank_stride = static_cast<int32_t>(at.rank_stride);
   params.num_slices = p.slices.count;
-  params.splits = config.splits;
+  // The kernel that knows two ways has four CTAs for a part of K, and a quarter of the grid's rows.
+  const int members = config.few_tiles > 0 || !vector ? kMoeFewParts : 1;
+  params.splits = config.splits * members;
+  params.few_tiles = config.few_tiles;
+  params.few_features = config.few_features;
   params.split_features = config.split_features;
   params.blocks_per_matrix = config.blocks / num_matrices;
   params.prefetch_features = config.prefetch_features;
@@ -188,17 +223,16 @@ cudaError_t moe_shrink(const MoeApplyParams& p, const MoeShrinkConfig& config) {
   for (int i = 0; i < num_matrices; ++i) {
     params.matrices[i] = {p.a.base[i], p.a.slot_stride[i], p.a.expert_stride[i], p.a.row_stride[i]};
   }
-  const bool vector = moe_shrink_is_vector(p),
-             wide = params.blocks_per_matrix > 1 && config.row_blocks == 4;
+  const bool wide = params.blocks_per_matrix > 1 && config.row_blocks == 4;
   const int most_per_sm = moe_shrink_blocks_per_sm(p.num_pairs, config.row_blocks, wide);
   LaunchShape shape{};
   const int blocks = config.blocks * config.splits;
+  const int64_t rows =
+      moe_grid_tiles(p.num_pairs, moe_groups(p), blocks, device_properties().sm_count, most_per_sm);
   shape.grid =
-      dim3(static_cast<unsigned>(blocks),
-           static_cast<unsigned>(moe_grid_tiles(p.num_pairs, moe_groups(p), blocks,
-                                                device_properties().sm_count, most_per_sm)));
+      dim3(static_cast<unsigned>(blocks * members), static_cast<unsigned>(ceil_div(rows, members)));
   shape.threads = kMoeThreads;
-  shape.cluster = 1;
+  shape.cluster = config.few_tiles > 0 ? kMoeFewParts : 1;
   shape.dependent = true;
   shape.shared_percent = moe_shared_percent(config);
   // Two slices up to rank 16, whose expand is small enough to be beside two such CTAs; or more

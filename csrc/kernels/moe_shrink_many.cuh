@@ -14,9 +14,9 @@ namespace lora_ext::cuda {
 
 // Steps of 64 values of K pass through shared memory, several ahead; no warp reads what another one
 // could have read for it. Of up to kPairs pairs: the fewer have room, the more steps do.
-template <typename T, int kBlocks, int kPairs, int kBufferBytes, bool kVector>
+template <typename T, int kBlocks, int kPairs, int kBufferBytes, bool kVector, bool kTwoWays>
 __device__ __forceinline__ void shrink_many(const MoeShrinkParams& p, const MoeShrinkWork& work,
-                                            const T* a, int64_t a_stride, float scale,
+                                            const T* a, int64_t a_stride, float scale, bool shares,
                                             MoeShrinkShared& shared, unsigned char* buffer) {
   constexpr int kPiece = 64;  // values of K, 128 bytes of a row, which the swizzle spans
   constexpr int kStageBytes = (16 * kBlocks + kPairs) * kPiece * 2;
@@ -119,6 +119,24 @@ __device__ __forceinline__ void shrink_many(const MoeShrinkParams& p, const MoeS
   }
   device::wgmma_wait<0>();
   // sums[4 n + 2 h + e] is of pair 16 warp + 8 h + g, row 8 n + 2 q + e.
+  if (kTwoWays && shares) {
+    constexpr int kRows = 16 * kBlocks, kStride = kRows + 4;
+    static_assert(kMoeTilePairs * kStride * 4 <= kBufferBytes);
+    float* const own = reinterpret_cast<float*>(buffer);
+    __syncthreads();  // the buffer is for the sums now
+#pragma unroll
+    for (int n = 0; n < 2 * kBlocks; ++n) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        *reinterpret_cast<float2*>(own + (16 * warp + 8 * h + g) * kStride + 8 * n + 2 * q) =
+            make_float2(sums[4 * n + 2 * h], sums[4 * n + 2 * h + 1]);
+      }
+    }
+    meet<kTwoWays>(shares);
+    store_sums<1, kMoeTilePairs, kRows, kTwoWays>(p, work, shared, own, shares);
+    meet<kTwoWays>(shares);
+    return;
+  }
   const bool even = !p.packed || work.rank % 2 == 0;
 #pragma unroll
   for (int n = 0; n < 2 * kBlocks; ++n) {

@@ -26,6 +26,7 @@ struct alignas(64) MoeShrinkParams {
   int64_t x_stride, xa_row_stride, xa_plane;
   int32_t x_divisor, num_slots, num_experts, num_pairs, in_features, max_rank;
   int32_t xa_rank_stride, num_slices, splits, split_features, blocks_per_matrix, prefetch_features;
+  int32_t few_tiles, few_features;  // up to so many tiles a cluster shares a part of K
   bool packed, float_weights;
   MoeShrinkMatrix matrices[kMaxSlices];  // one where A is packed
 };
@@ -56,13 +57,90 @@ struct MoeShrinkWork {
   int k_begin, k_end, split;
 };
 
+// Waits for the CTA's threads, or, where CTAs share a part of K, for those of the cluster.
+template <bool kTwoWays>
+__device__ __forceinline__ void meet(bool shares) {
+#if __CUDA_ARCH__ >= 900
+  if (kTwoWays && shares) {
+    device::cluster_arrive();
+    device::cluster_wait();
+    return;
+  }
+#endif
+  __syncthreads();
+}
+
+// Adds up what kWarps warps, and the CTAs that share a part of K, have at `sums` in shared memory,
+// [warp][pair][row], scales it, and stores it; each of those CTAs does a part.
+template <int kWarps, int kPairs, int kRows, bool kTwoWays>
+__device__ __forceinline__ void store_sums(const MoeShrinkParams& p, const MoeShrinkWork& work,
+                                           const MoeShrinkShared& shared, const float* sums,
+                                           bool shares) {
+  constexpr int kStride = kRows + 4, kWarpSums = 16 * kStride, kQuads = kRows / 4;
+  int first = threadIdx.x, step = kMoeThreads;
+#if __CUDA_ARCH__ >= 900
+  if (kTwoWays && shares) {
+    first += device::cluster_rank() * kMoeThreads, step *= kMoeFewParts;
+  }
+#endif
+  float* out = p.xa + work.split * p.xa_plane;
+  for (int i = first; i < kPairs * kQuads; i += step) {
+    const int token = i / kQuads, row = work.row0 + i % kQuads * 4;
+    const int pair = shared.pairs[token];
+    if (pair < 0 || row >= work.rows) {
+      continue;
+    }
+    const float* from = sums + token * kStride + i % kQuads * 4;
+    float4 sum = make_float4(0, 0, 0, 0);
+    const auto add = [&](const float4& part) {
+      sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+    };
+#if __CUDA_ARCH__ >= 900
+    if (kTwoWays && shares) {
+#pragma unroll
+      for (int member = 0; member < kMoeFewParts; ++member) {
+        const uint32_t peer = device::peer_address(from, member);
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) {
+          add(device::load_peer(peer + 4 * w * kWarpSums));
+        }
+      }
+    } else
+#endif
+    {
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        add(*reinterpret_cast<const float4*>(from + w * kWarpSums));
+      }
+    }
+    const float scale = shared.scales[token];
+    sum = make_float4(sum.x * scale, sum.y * scale, sum.z * scale, sum.w * scale);
+    float* to = out + pair * p.xa_row_stride;
+    if (!p.packed) {  // what lies behind the rank is never used
+      *reinterpret_cast<float4*>(to + work.matrix * p.xa_rank_stride + row) = sum;
+    } else if (work.rank % 4 == 0) {
+      const int slice = row / work.rank;
+      *reinterpret_cast<float4*>(to + slice * p.xa_rank_stride + row - slice * work.rank) = sum;
+    } else {
+      const float values[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int slice = (row + e) / work.rank;
+        if (row + e < work.rows) {
+          to[slice * p.xa_rank_stride + row + e - slice * work.rank] = values[e];
+        }
+      }
+    }
+  }
+}
+
 // Few pairs: kBlocks blocks of 8. Neighbouring warps take neighbouring 64-byte pieces of the same
 // rows, so that DRAM sees runs, and copy them, some steps ahead, to where the same lane reads them:
 // no barrier stands between a copy and its use, and loads in flight take no registers. `scale`, of
 // pair threadIdx.x, may still be on its way.
-template <typename T, int kRowBlocks, int kBlocks, int kBufferBytes, bool kVector>
+template <typename T, int kRowBlocks, int kBlocks, int kBufferBytes, bool kVector, bool kTwoWays>
 __device__ __forceinline__ void shrink_few(const MoeShrinkParams& p, const MoeShrinkWork& work,
-                                           const T* a, int64_t a_stride, float scale,
+                                           const T* a, int64_t a_stride, float scale, bool shares,
                                            MoeShrinkShared& shared, unsigned char* buffer) {
   using Traits = MoeShrinkTraits<kRowBlocks, false>;
   constexpr int kWeights = 2 * kRowBlocks, kChunks = kWeights + kBlocks;  // of a lane in a step
@@ -163,59 +241,20 @@ __device__ __forceinline__ void shrink_few(const MoeShrinkParams& p, const MoeSh
   __syncthreads();  // the buffer is for the sums now
   auto* partial = reinterpret_cast<typename Traits::Sums*>(buffer);
 
-  // The sum over the warps, up to 16 pairs at a time.
-  constexpr int kRound = kBlocks == 1 ? 8 : 16, kQuads = Traits::kRows / 4;
-  float* out = p.xa + work.split * p.xa_plane;
 #pragma unroll
-  for (int n0 = 0; n0 < kBlocks; n0 += kRound / 8) {
-    if (8 * n0 >= work.count) {
-      break;
-    }
+  for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
-    for (int n = n0; n < n0 + kRound / 8; ++n) {
+    for (int block = 0; block < kRowBlocks; ++block) {
 #pragma unroll
-      for (int block = 0; block < kRowBlocks; ++block) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          partial[warp][8 * (n - n0) + 2 * q + e % 2][16 * block + 8 * (e / 2) + g] =
-              acc[block][n][e];
-        }
+      for (int e = 0; e < 4; ++e) {
+        partial[warp][8 * n + 2 * q + e % 2][16 * block + 8 * (e / 2) + g] = acc[block][n][e];
       }
     }
-    __syncthreads();
-    for (int i = thread; i < kRound * kQuads; i += kMoeThreads) {
-      const int token = i / kQuads, row = work.row0 + i % kQuads * 4;
-      const int pair = shared.pairs[8 * n0 + token];
-      if (pair < 0 || row >= work.rows) {
-        continue;
-      }
-      float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll
-      for (int w = 0; w < kMoeWarps; ++w) {
-        const float4 part = *reinterpret_cast<const float4*>(&partial[w][token][i % kQuads * 4]);
-        sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
-      }
-      const float scale = shared.scales[8 * n0 + token];
-      sum = make_float4(sum.x * scale, sum.y * scale, sum.z * scale, sum.w * scale);
-      float* to = out + pair * p.xa_row_stride;
-      if (!p.packed) {  // what lies behind the rank is 0
-        *reinterpret_cast<float4*>(to + work.matrix * p.xa_rank_stride + row) = sum;
-      } else if (work.rank % 4 == 0) {
-        const int slice = row / work.rank;
-        *reinterpret_cast<float4*>(to + slice * p.xa_rank_stride + row - slice * work.rank) = sum;
-      } else {
-        const float values[4] = {sum.x, sum.y, sum.z, sum.w};
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int slice = (row + e) / work.rank;
-          if (row + e < work.rows) {
-            to[slice * p.xa_rank_stride + row + e - slice * work.rank] = values[e];
-          }
-        }
-      }
-    }
-    __syncthreads();
   }
+  meet<kTwoWays>(shares);
+  store_sums<kMoeWarps, 8 * kBlocks, Traits::kRows, kTwoWays>(p, work, shared, &partial[0][0][0],
+                                                              shares);
+  meet<kTwoWays>(shares);
 }
 
 }  // namespace lora_ext::cuda
