@@ -144,20 +144,43 @@ def test_lanes_without_a_pair_share_parts_of_k_where_those_are_many() -> None:
     assert not testing.moe_expand_shares_splits(splits=16, max_rank=128)
 
 
+@given(columns=st.lists(st.integers(1, 100_000), min_size=1, max_size=8), clusters=st.booleans())
+def test_clusters_that_do_both_products_cover_the_columns(
+    columns: list[int], clusters: bool
+) -> None:
+    config = testing.moe_joint_config(columns, clusters)
+    widest = -(-max(columns) // 256)
+    assert config.cluster == 1 if not clusters else config.cluster <= min(8, widest)
+    assert config.blocks % config.cluster == 0
+    assert config.blocks >= sum(-(-count // 256) for count in columns)
+    assert config.blocks < sum(-(-count // 256) + config.cluster for count in columns)
+
+
 def test_one_kernel_does_both_products_of_few_pairs() -> None:
-    shape = dict(num_pairs=8, num_groups=1024, in_features=768, max_rank=16, blocks=8)
-    assert testing.moe_is_joint(**shape)
-    assert testing.moe_is_joint(**{**shape, "in_features": 2048, "blocks": 6})
-    assert testing.moe_is_joint(**{**shape, "num_pairs": 16})
-    for other in (
-        {"num_pairs": 24},
-        {"num_pairs": 33, "num_groups": 1},
-        {"max_rank": 17},
-        {"num_pairs": 24, "max_rank": 8},
-        {"in_features": 4097, "blocks": 1},
-        {"in_features": 4096, "blocks": 6},
-    ):
-        assert not testing.moe_is_joint(**{**shape, **other})
+    w13, w2 = testing.moe_joint_config([768, 768], True), testing.moe_joint_config([2048], True)
+    assert (w13.cluster, w13.blocks) == (3, 6)
+    assert (w2.cluster, w2.blocks) == (8, 8)
+    wide = testing.moe_joint_config([2880], True)
+    assert (wide.cluster, wide.blocks) == (6, 12)
+    shape = dict(num_groups=1024, max_rank=16, sm_count=132)
+
+    def joint(num_pairs: int, in_features: int, config: Any, **other: int) -> bool:
+        sizes = {**shape, "num_pairs": num_pairs, "in_features": in_features, **other}
+        return bool(testing.moe_is_joint(config=config, **sizes))
+
+    assert joint(32, 768, w2)
+    assert joint(32, 2048, w13)
+    assert joint(20, 2880, wide)
+    assert not joint(33, 768, w2, num_groups=1)
+    assert not joint(32, 768, w2, max_rank=17)
+    assert not joint(32, 768, w2, sm_count=127)  # 256 CTAs
+    assert not joint(24, 2880, wide, sm_count=1000)  # 4.4 MB of A
+    assert joint(1, 32768, w2)
+    assert not joint(1, 32769, w2)  # no room for a part of K
+    alone = testing.moe_joint_config([768, 768], False)
+    assert (alone.cluster, alone.blocks) == (1, 6)
+    assert joint(8, 2048, alone)
+    assert not joint(16, 2048, alone)
 
 
 @pytest.mark.parametrize(

@@ -102,17 +102,40 @@ inline MoeShrinkConfig moe_shrink_config(const MoeShape& s) {
   return config;
 }
 
-// Whether one kernel does both products: for few pairs, where what its CTAs, each of a tile and 256
-// columns (`blocks` of them), take of A by 16 rows is no more than 3 MB, for most of it is the same
-// and comes slowly; and where all of K has room in shared memory (Qwen3-30B, one token, w2: 3.9 ->
-// 2.6 us).
+// One kernel for both products: CTAs that each take a tile and 256 columns of a slice.
 constexpr int kMoeJointColumns = 256;
+struct MoeJointConfig {
+  int cluster;  // CTAs of a slice that read A together
+  int blocks;   // CTAs of a tile; a slice has whole clusters
+};
+inline int64_t moe_joint_blocks(int64_t columns, int cluster) {
+  return ceil_div(columns, int64_t{kMoeJointColumns} * cluster) * cluster;
+}
+inline MoeJointConfig moe_joint_config(const int64_t* columns, int num_slices, bool clusters) {
+  constexpr int kMostCluster = 8;
+  const int64_t widest =
+      ceil_div(*std::max_element(columns, columns + num_slices), kMoeJointColumns);
+  MoeJointConfig config{};
+  config.cluster =
+      clusters ? static_cast<int>(ceil_div(widest, ceil_div(widest, kMostCluster))) : 1;
+  for (int i = 0; i < num_slices; ++i) {
+    config.blocks += static_cast<int>(moe_joint_blocks(columns[i], config.cluster));
+  }
+  return config;
+}
+
+// Whether it is taken: for few pairs, where its CTAs are no more than two on an SM and what their
+// clusters read of A, 16 rows each, is no more than 4 MB, for most of it is the same and comes
+// slowly; and where K has room in shared memory (Qwen3-30B, one token: w13 3.4 -> 2.9 us,
+// w2 3.9 -> 2.6; gpt-oss-20b 3.9 -> 2.8, 4.0 -> 2.8).
 inline bool moe_is_joint(int64_t num_pairs, int64_t num_groups, int64_t in_features, int max_rank,
-                         int blocks) {
-  constexpr int64_t kMostPairs = 32, kMostBytes = 3 << 20, kMostFeatures = 4096;
+                         const MoeJointConfig& config, int sm_count) {
+  constexpr int64_t kMostPairs = 32, kMostBytes = 4 << 20, kMostFeatures = 4096;
   constexpr int kRows = 16;
-  return num_pairs <= kMostPairs && max_rank <= kRows && in_features <= kMostFeatures &&
-         likely_moe_tiles(num_pairs, num_groups) * blocks * kRows * in_features * 2 <= kMostBytes;
+  const int64_t blocks = likely_moe_tiles(num_pairs, num_groups) * config.blocks;
+  return num_pairs <= kMostPairs && max_rank <= kRows &&
+         in_features <= kMostFeatures * config.cluster && blocks <= 2 * int64_t{sm_count} &&
+         blocks / config.cluster * kRows * in_features * 2 <= kMostBytes;
 }
 
 // Whether the expand is that of many pairs: where each (slot, expert) may well have as many as a

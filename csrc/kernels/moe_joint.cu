@@ -4,24 +4,32 @@
 namespace lora_ext::cuda {
 namespace {
 
-int joint_blocks(const MoeApplyParams& p) {
-  int64_t blocks = 0;
+MoeJointConfig joint_config(const MoeApplyParams& p) {
+  int64_t columns[kMaxSlices];
   for (int i = 0; i < p.slices.count; ++i) {
-    blocks += ceil_div(p.slices.offset[i + 1] - p.slices.offset[i], kMoeJointColumns);
+    columns[i] = p.slices.offset[i + 1] - p.slices.offset[i];
   }
-  return static_cast<int>(blocks);
+  return moe_joint_config(columns, p.slices.count, device_properties().clusters);
+}
+
+int part_steps(const MoeApplyParams& p, const MoeJointConfig& config) {
+  return static_cast<int>(
+      ceil_div(MoeJointTraits::steps(static_cast<int>(p.in_features)), config.cluster));
 }
 
 }  // namespace
 
 bool moe_takes_joint(const MoeApplyParams& p) {
   constexpr int kReservedBytes = 1024;  // of an SM, for each CTA
-  return moe_is_joint(p.num_pairs, moe_groups(p), p.in_features, p.max_rank, joint_blocks(p)) &&
-         MoeJointTraits::shared_bytes(static_cast<int>(p.in_features)) + kReservedBytes <=
+  const MoeJointConfig config = joint_config(p);
+  return moe_is_joint(p.num_pairs, moe_groups(p), p.in_features, p.max_rank, config,
+                      device_properties().sm_count) &&
+         MoeJointTraits::shared_bytes(part_steps(p, config), config.cluster) + kReservedBytes <=
              device_properties().shared_bytes;
 }
 
 cudaError_t moe_joint(const MoeApplyParams& p) {
+  const MoeJointConfig config = joint_config(p);
   MoeJointParams params{};
   params.routing = moe_routing(p);
   params.ranks = p.ranks;
@@ -39,6 +47,8 @@ cudaError_t moe_joint(const MoeApplyParams& p) {
   params.in_features = static_cast<int32_t>(p.in_features);
   params.max_rank = p.max_rank;
   params.num_slices = p.slices.count;
+  params.cluster = config.cluster;
+  params.part_steps = part_steps(p, config);
   params.packed = p.a.rows_by_rank;
   params.float_weights = p.weights_dtype == DType::kFloat32;
   for (int i = 0; i < p.slices.count; ++i) {
@@ -55,24 +65,26 @@ cudaError_t moe_joint(const MoeApplyParams& p) {
     slice.b_first_row = p.b.first_row[i];
     slice.column_start = p.column_start[i];
     slice.width = p.slices.offset[i + 1] - p.slices.offset[i];
-    slice.blocks = static_cast<int32_t>(ceil_div(slice.width, kMoeJointColumns));
+    slice.blocks = static_cast<int32_t>(moe_joint_blocks(slice.width, config.cluster));
   }
   const bool vector = moe_shrink_is_vector(p) && moe_expand_is_vector(p, 4);
   LaunchShape shape{};
-  const int blocks = joint_blocks(p);
-  shape.grid = dim3(static_cast<unsigned>(blocks),
-                    static_cast<unsigned>(moe_grid_tiles(p.num_pairs, moe_groups(p), blocks,
+  shape.grid = dim3(static_cast<unsigned>(config.blocks),
+                    static_cast<unsigned>(moe_grid_tiles(p.num_pairs, moe_groups(p), config.blocks,
                                                          device_properties().sm_count)));
   shape.threads = kMoeThreads;
-  shape.shared_bytes = MoeJointTraits::shared_bytes(params.in_features);
-  shape.cluster = 1;
+  shape.shared_bytes = MoeJointTraits::shared_bytes(params.part_steps, config.cluster);
+  shape.cluster = config.cluster;
   shape.dependent = true;
   shape.shared_percent = 100;
   return dispatch_half_output(p.dtype, p.y_dtype, [&](auto t, auto y) {
     using T = typename decltype(t)::type;
     using Y = typename decltype(y)::type;
-    return vector ? launch_kernel(moe_joint_kernel<T, Y, true>, shape, p.stream, params)
-                  : launch_kernel(moe_joint_kernel<T, Y, false>, shape, p.stream, params);
+    const auto kernel = config.cluster > 1 ? vector ? moe_joint_kernel<T, Y, true, true>
+                                                    : moe_joint_kernel<T, Y, false, true>
+                        : vector ? moe_joint_kernel<T, Y, true, false>
+                                           : moe_joint_kernel<T, Y, false, false>;
+    return launch_kernel(kernel, shape, p.stream, params);
   });
 }
 

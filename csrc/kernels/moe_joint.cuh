@@ -2,10 +2,11 @@
 // lies between the products is a sum over warps in shared memory instead of the end of a kernel,
 // the start of another one and a trip to L2.
 //
-// A CTA takes a tile and 256 columns of one slice. A, x, B and y are on their way at once; all CTAs
-// of a tile that share a slice read its A, which is why they have to be few. The warps divide K for
-// the first product and the columns for the second; the copies go to where the same lane reads
-// them, so that there is one barrier for eight pairs.
+// A CTA takes a tile and 256 columns of one slice. A, x, B and y are on their way at once. For the
+// first product the CTAs of a cluster, up to eight that share a tile and a slice, and in each the
+// warps divide K, and send each other their sums; without clusters each CTA reads all of the
+// slice's A. For the second the warps divide the columns; the copies go to where the same lane
+// reads them, so that there is one barrier for eight pairs.
 #pragma once
 
 #include "kernels/moe_expand_tiles.cuh"
@@ -29,33 +30,36 @@ struct alignas(64) MoeJointParams {
   void* y;
   int64_t x_stride, y_stride, column_stride;
   int32_t x_divisor, num_slots, num_experts, num_pairs, in_features, max_rank, num_slices;
+  int32_t cluster, part_steps;  // CTAs of a cluster, and steps of K of each
   bool packed, float_weights;
   MoeJointSlice slices[kMaxSlices];
 };
 
 // A CTA's shared memory: A as [step][upper or lower rows][thread], x as [step][thread], B as
-// [column][thread], and the warps' sums, twice.
+// [column][thread], and twice the sums: of the warps, and of the cluster's CTAs.
 struct MoeJointTraits {
   static constexpr int kStepFeatures = 32 * kMoeWarps, kColumns = kMoeWarps * kUnitColumns;
   static constexpr int kSlotBytes = kMoeThreads * 16, kRankSlotBytes = kMoeThreads * 8;
   static constexpr int kRowStride = kJointRows + 4;  // no two lanes meet in a bank
   static constexpr int kSumBytes = kMoeWarps * kJointPairs * kRowStride * 4;
   static constexpr int kWeightBytes = 8 * kRankSlotBytes;
+  static constexpr int kPeerSums = kJointPairs * kJointRows;  // of a CTA
   static_assert(kColumns == kMoeJointColumns);
 
   __host__ __device__ static constexpr int steps(int in_features) {
     return (in_features + kStepFeatures - 1) / kStepFeatures;
   }
-  static constexpr int shared_bytes(int in_features) {
-    return steps(in_features) * 3 * kSlotBytes + kWeightBytes + 2 * kSumBytes;
+  static constexpr int shared_bytes(int part_steps, int cluster) {
+    return part_steps * 3 * kSlotBytes + kWeightBytes + 2 * kSumBytes + 2 * cluster * kPeerSums * 4;
   }
 };
 
-// What will likely be read, to L2, before it may be: see prefetch_part in moe_shrink.cu. Of A each
-// CTA of the slice takes some rows.
+// What will likely be read, to L2, before it may be: see prefetch_part in moe_shrink.cu. Of A a CTA
+// takes its part of K, or, where all CTAs of the slice read all of K, some rows.
 template <typename T>
 __device__ __forceinline__ void prefetch_joint(const MoeJointParams& p, const MoeJointSlice& s,
-                                               int slice, int block, int warp_column) {
+                                               int slice, int block, int warp_column, int k_begin,
+                                               int k_end) {
   const int index = blockIdx.y, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   if (index >= p.routing.tile_limit) {
     return;
@@ -68,12 +72,12 @@ __device__ __forceinline__ void prefetch_joint(const MoeJointParams& p, const Mo
   }
   const int rank = min(__ldcg(p.ranks + tile.slot), p.max_rank);
   if (warp == 0) {
-    const int row = lane * s.blocks + block;
-    if (row < rank) {
+    const int row = p.cluster > 1 ? lane : lane * s.blocks + block;
+    if (row < rank && k_begin < k_end) {
       device::prefetch_l2(static_cast<const T*>(s.a) + tile.slot * s.a_slot_stride +
                               tile.expert * s.a_expert_stride +
-                              ((p.packed ? slice * rank : 0) + row) * s.a_row_stride,
-                          2 * p.in_features);
+                              ((p.packed ? slice * rank : 0) + row) * s.a_row_stride + k_begin,
+                          2 * (k_end - k_begin));
     }
   }
   if (lane == 0 && rank > 0 && s.b_row_stride == p.max_rank && warp_column < s.width) {
@@ -84,31 +88,47 @@ __device__ __forceinline__ void prefetch_joint(const MoeJointParams& p, const Mo
                         columns * p.max_rank * 2);
   }
   const int64_t at = int64_t{offset} + tile.start + lane;
-  if (warp == 1 && lane < min(tile.count, kJointPairs) && at >= 0 && at < p.routing.size()) {
+  if (warp == 1 && k_begin < k_end && lane < min(tile.count, kJointPairs) && at >= 0 &&
+      at < p.routing.size()) {
     const int pair = __ldcg(p.routing.routing + at);
     if (pair >= 0 && pair < p.num_pairs) {
       device::prefetch_l2(
           static_cast<const T*>(p.x) +
-              static_cast<int>(static_cast<unsigned>(pair) / p.x_divisor) * p.x_stride,
-          2 * p.in_features);
+              static_cast<int>(static_cast<unsigned>(pair) / p.x_divisor) * p.x_stride + k_begin,
+          2 * (k_end - k_begin));
     }
   }
 }
 
-template <typename T, typename Y, bool kVector>
+template <typename T, typename Y, bool kVector, bool kClusters>
 __global__ void __launch_bounds__(kMoeThreads)
     moe_joint_kernel(const __grid_constant__ MoeJointParams p) {
   using Traits = MoeJointTraits;
   constexpr int kChunk = 4, kSlotBytes = Traits::kSlotBytes, kRow = Traits::kRowStride;
   extern __shared__ __align__(128) unsigned char shared[];
-  const int steps = Traits::steps(p.in_features);
+  [[maybe_unused]] __shared__ uint64_t arrived[2];  // the sums of all CTAs of the cluster
   const int thread = threadIdx.x, lane = thread % 32, g = lane / 4, q = lane % 4;
   const int warp = __shfl_sync(kAllLanes, thread / 32, 0);
   unsigned char* const own_a = shared + thread * 16;
-  unsigned char* const own_x = own_a + steps * 2 * kSlotBytes;
-  unsigned char* const own_b = shared + steps * 3 * kSlotBytes + thread * 8;
+  unsigned char* const own_x = own_a + p.part_steps * 2 * kSlotBytes;
+  unsigned char* const own_b = shared + p.part_steps * 3 * kSlotBytes + thread * 8;
   float* const sums =
-      reinterpret_cast<float*>(shared + steps * 3 * kSlotBytes + Traits::kWeightBytes);
+      reinterpret_cast<float*>(shared + p.part_steps * 3 * kSlotBytes + Traits::kWeightBytes);
+  int part = 0;
+#if __CUDA_ARCH__ >= 900
+  if constexpr (kClusters) {
+    part = device::cluster_rank();
+    if (thread == 0) {
+      device::barrier_init(&arrived[0], 1);
+      device::barrier_init(&arrived[1], 1);
+      device::barrier_init_fence();
+    }
+    device::cluster_arrive_relaxed();
+  }
+#endif
+  const int k_begin = part * p.part_steps * Traits::kStepFeatures;
+  const int k_end = min(k_begin + p.part_steps * Traits::kStepFeatures, p.in_features);
+  const int steps = Traits::steps(max(k_end - k_begin, 0));
   int block = blockIdx.x, slice = 0;
   while (block >= p.slices[slice].blocks) {
     block -= p.slices[slice++].blocks;
@@ -116,7 +136,12 @@ __global__ void __launch_bounds__(kMoeThreads)
   const MoeJointSlice& s = p.slices[slice];
   const int first_column = block * Traits::kColumns + warp * kUnitColumns;
   const int column = first_column + 8 * g;
-  prefetch_joint<T>(p, s, slice, block, first_column);
+  prefetch_joint<T>(p, s, slice, block, first_column, k_begin, k_end);
+#if __CUDA_ARCH__ >= 900
+  if constexpr (kClusters) {
+    device::cluster_wait();  // the barriers of all are there
+  }
+#endif
   device::grid_dependency_wait();
   device::grid_dependency_launch();
   const int num_tiles = p.routing.num_tiles();
@@ -126,6 +151,7 @@ __global__ void __launch_bounds__(kMoeThreads)
   const int lane_rank = few_slots && lane < p.num_slots ? p.ranks[lane] : 0;
   const float lane_scaling = few_slots && lane < p.num_slots ? p.scalings[lane] : 0.0f;
   int turn = 0;
+  [[maybe_unused]] int parity = 0;  // of the barriers, a bit each
 #pragma unroll 1
   for (int index = blockIdx.y; index < num_tiles; index += gridDim.y) {
     if (index != blockIdx.y) {
@@ -149,13 +175,13 @@ __global__ void __launch_bounds__(kMoeThreads)
       const int at = 32 * i + lane;
       pairs[i] = at < tile.count ? permutation[tile.start + at] : -1;
     }
-    const int k_lane = 32 * warp + 8 * q;
+    const int k_lane = k_begin + 32 * warp + 8 * q;
     const auto copy = [&](unsigned char* to, const T* row, int k, bool exists) {
       if constexpr (kVector) {
-        device::copy_async_16<true>(to, row + k, exists && k < p.in_features ? 16 : 0);
+        device::copy_async_16<true>(to, row + k, exists && k < k_end ? 16 : 0);
       } else {
         device::Chunk<T, 8> values;
-        device::load_scalars(values, row + k, exists ? p.in_features - k : 0);
+        device::load_scalars(values, row + k, exists ? k_end - k : 0);
         write_chunk(to, values);
       }
     };
@@ -245,23 +271,48 @@ __global__ void __launch_bounds__(kMoeThreads)
                          lower.words[w + 1], x.words[w], x.words[w + 1]);
         }
       }
-      float* const part = sums + turn * (Traits::kSumBytes / 4);
-      turn ^= 1;
+      float* const own_sums = sums + turn * (Traits::kSumBytes / 4);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        part[(warp * kJointPairs + 2 * q + e % 2) * kRow + 8 * (e / 2) + g] = acc[0][e] + acc[1][e];
+        own_sums[(warp * kJointPairs + 2 * q + e % 2) * kRow + 8 * (e / 2) + g] =
+            acc[0][e] + acc[1][e];
       }
       if (round + 1 < rounds) {
         load_tokens(round + 1);
       }
       __syncthreads();
       float4 total = make_float4(0, 0, 0, 0);
+      const auto add = [&](const float* from) {
+        const float4 more = *reinterpret_cast<const float4*>(from);
+        total.x += more.x, total.y += more.y, total.z += more.z, total.w += more.w;
+      };
 #pragma unroll
       for (int w = 0; w < kMoeWarps; ++w) {
-        const float4 more =
-            *reinterpret_cast<const float4*>(part + (w * kJointPairs + g) * kRow + q * kChunk);
-        total.x += more.x, total.y += more.y, total.z += more.z, total.w += more.w;
+        add(own_sums + (w * kJointPairs + g) * kRow + q * kChunk);
       }
+#if __CUDA_ARCH__ >= 900
+      if constexpr (kClusters) {
+        // Each warp sends them to some of the CTAs. None fills the same place again before all have
+        // read what is there: for that it needs their next sums.
+        float* const parts = sums + 2 * (Traits::kSumBytes / 4) +
+                             turn * p.cluster * Traits::kPeerSums + g * kJointRows + q * kChunk;
+        if (thread == 0) {
+          device::barrier_arrive_expecting(&arrived[turn], p.cluster * Traits::kPeerSums * 4);
+        }
+        for (int peer = warp; peer < p.cluster; peer += kMoeWarps) {
+          device::store_peer_async(device::peer_address(parts + part * Traits::kPeerSums, peer),
+                                   total, device::peer_address(&arrived[turn], peer));
+        }
+        device::barrier_wait(&arrived[turn], parity >> turn & 1);
+        parity ^= 1 << turn;
+        total = make_float4(0, 0, 0, 0);
+#pragma unroll 4
+        for (int n = 0; n < p.cluster; ++n) {
+          add(parts + n * Traits::kPeerSums);
+        }
+      }
+#endif
+      turn ^= 1;
       const float xa[kChunk] = {total.x * pair_scale, total.y * pair_scale, total.z * pair_scale,
                                 total.w * pair_scale};
       int max_bits = 0;

@@ -1,6 +1,9 @@
 // Host-side C++ that is no operator, for pytest: the plan's layout, the tile planner and the
 // heuristics. Built only with LORA_EXT_TEST_BUILD=1.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <vector>
 
 #include "common/plan.h"
 #include "kernels/heuristics.h"
@@ -217,8 +220,17 @@ void bind_moe(py::module_& m) {
         "row_blocks"_a, "wide"_a);
   m.def("moe_expand_blocks_per_sm", &moe_expand_blocks_per_sm, py::kw_only(), "num_pairs"_a,
         "num_groups"_a, "blocks"_a, "units"_a, "sm_count"_a);
+  py::class_<MoeJointConfig>(m, "MoeJointConfig")
+      .def_readonly("cluster", &MoeJointConfig::cluster)
+      .def_readonly("blocks", &MoeJointConfig::blocks);
+  m.def(
+      "moe_joint_config",
+      [](const std::vector<int64_t>& columns, bool clusters) {
+        return moe_joint_config(columns.data(), static_cast<int>(columns.size()), clusters);
+      },
+      "columns"_a, "clusters"_a);
   m.def("moe_is_joint", &moe_is_joint, py::kw_only(), "num_pairs"_a, "num_groups"_a,
-        "in_features"_a, "max_rank"_a, "blocks"_a);
+        "in_features"_a, "max_rank"_a, "config"_a, "sm_count"_a);
   m.def("moe_expand_is_many", &moe_expand_is_many, py::kw_only(), "num_pairs"_a, "num_groups"_a,
         "max_rank"_a, "splits"_a);
   m.def("moe_expand_units", &moe_expand_units, py::kw_only(), "num_pairs"_a, "num_groups"_a,
