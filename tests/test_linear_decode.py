@@ -49,6 +49,41 @@ def test_a_stream_of_weights_and_ranks_of_several_steps(ranks: list[int]) -> Non
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("max_rank", [8, 16, 24, 64, 72])
+def test_tokens_of_few_adapters(max_rank: int, dtype: torch.dtype) -> None:
+    """Slots of one token and of all of them, at ranks below the pool's and at its own."""
+    ranks = [max_rank, max_rank // 2, 5]
+    site = Site(dtype, "cuda", in_features=2048, slices=[1000, 520], ranks=ranks)
+    for num_tokens in (7, 16):
+        for slots in (
+            [0] * num_tokens,
+            [2] * num_tokens,
+            [1] * (num_tokens - 1) + [0],
+            [0, 2] + [-1] * (num_tokens - 4) + [1, 0],
+        ):
+            x = site.x(num_tokens)
+            site.check(site(x, make_batch(slots, 3, "cuda").plan), x, slots)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_poison_of_one_adapter_stays_there(poison: float) -> None:
+    site = Site(torch.bfloat16, "cuda", in_features=1024)
+    slots = [3, 1, 0, -1, 3, 4, 1, 3, 0, 2, 4, 3]
+    x, plan = site.x(len(slots)), make_batch(slots, len(RANKS), "cuda").plan
+    clean = site(x, plan)
+    others = [t for t, slot in enumerate(slots) if slot != 3]
+    for side in (site.weights.lora_a, site.weights.lora_b):
+        weights = side[0][3].clone()
+        side[0][3] = poison
+        y = site(x, plan)
+        side[0][3] = weights
+        assert_same_bits(y[others], clean[others])
+        assert not y[[t for t, slot in enumerate(slots) if slot == 3]].isfinite().all()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("num_tokens", [6, 14])
 def test_a_row_without_adapter_has_its_bits_whatever_the_others_have(num_tokens: int) -> None:
     site = Site(torch.bfloat16, "cuda", in_features=1024)

@@ -37,6 +37,7 @@ cudaError_t launch_linear(const LinearParams& p, const LinearConfig& config) {
   d.y_stride = apply.y_stride;
   d.out_features = static_cast<int32_t>(p.out_features);
   d.pairs = has_pairs(p);
+  d.vector_b = apply.b.slot_offsets == nullptr && is_multiple(apply.b, apply.slices.count, 8, 16);
   d.batch = decode_batch(apply, apply_config_of(apply));
   d.b_offsets = apply.b.slot_offsets;
   for (int i = 0; i < apply.slices.count; ++i) {
@@ -50,7 +51,7 @@ cudaError_t launch_linear(const LinearParams& p, const LinearConfig& config) {
   LaunchShape shape{};
   shape.grid = dim3(static_cast<unsigned>(config.groups));
   shape.threads = Traits::kThreads;
-  shape.shared_bytes = Traits::shared_bytes(apply.slices.count * xa_slice(p.apply.max_rank));
+  shape.shared_bytes = Traits::shared_bytes(d.batch);
   shape.cluster = 1;
   shape.dependent = true;
   return launch_kernel(linear_decode_kernel<T, Traits>, shape, p.stream, d);

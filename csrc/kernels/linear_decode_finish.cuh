@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/linear_decode_shared.cuh"
+#include "kernels/linear_ranks.cuh"
 
 namespace lora_ext::cuda {
 
@@ -15,6 +16,7 @@ __device__ __forceinline__ void find_tiles(const DecodeBatch& p, const int64_t* 
     const int4 raw = __ldcg(reinterpret_cast<const int4*>(p.tiles + at));
     const bool exists = thread < p.tile_capacity && raw.x >= 0;
     const int rank = exists ? min(__ldcg(p.ranks + raw.x), p.max_rank) : 0;
+    const float scaling = exists ? __ldcg(p.scalings + raw.x) : 0.0f;
     const int64_t start = exists && b_offsets != nullptr ? __ldg(b_offsets + raw.x) : 0;
     const unsigned busy = __ballot_sync(0xffffffffu, rank > 0);
     const int tiles = __popc(busy);
@@ -25,6 +27,7 @@ __device__ __forceinline__ void find_tiles(const DecodeBatch& p, const int64_t* 
       shared.number[to] = thread;
       shared.slot[to] = rank > 0 ? raw.x : 0;
       shared.rank[to] = max(rank, 0);
+      shared.scaling[to] = scaling;
       shared.first[to] = raw.y;
       shared.count[to] = rank > 0 ? raw.z : 0;
       shared.start_b[to] = start;
@@ -53,14 +56,14 @@ __device__ __forceinline__ void find_tiles(const DecodeBatch& p, const int64_t* 
 }
 
 // xa of the slices that rows [first_row, end_row) of W belong to, from the parts of the shrink;
-// zeros behind a rank, up to a multiple of 8.
-template <typename Traits>
+// zeros behind a rank. Tokens of one tile are neighbours there: so are the lanes that have them.
+template <typename T, typename Traits>
 __device__ __forceinline__ void add_up_xa(const LinearDecodeParams& p,
                                           typename Traits::Shared& shared, int first_row,
                                           int end_row, int parts_of_tile, int thread) {
-  constexpr int kAtOnce = 2, kParts = 8;  // loads of a thread in flight
+  constexpr int kAtOnce = 4, kParts = 8;  // loads of a thread in flight
   const DecodeBatch& batch = p.batch;
-  const int ranks = xa_slice(batch.max_rank), values = batch.num_tokens * ranks;
+  const int tokens = batch.num_tokens, ranks = xa_slice(batch.max_rank), values = tokens * ranks;
 #pragma unroll 1
   for (int slice = 0; slice < batch.num_slices; ++slice) {
     if (p.slices[slice].first_column >= end_row || p.slices[slice].end_column <= first_row) {
@@ -70,20 +73,19 @@ __device__ __forceinline__ void add_up_xa(const LinearDecodeParams& p,
     for (int i = thread; i < values; i += kAtOnce * kFinishThreads) {
       const float* from[kAtOnce];
       float scaling[kAtOnce], sum[kAtOnce] = {};
-      int pieces[kAtOnce], stride[kAtOnce], most = 0;
+      int token[kAtOnce], rank[kAtOnce], pieces[kAtOnce], stride[kAtOnce], most = 0;
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) {
-        const int at = i + u * kFinishThreads, token = at / ranks, j = at % ranks;
-        const int place = at < values ? shared.place[token] : -1,
-                  tile = max(place, 0) / kTileTokens;
-        const int rank = place >= 0 ? shared.rank[tile] : 0;
-        const TileShares shares = tile_shares(batch, rank, parts_of_tile);
+        const int at = i + u * kFinishThreads;
+        rank[u] = small_quotient(at, tokens), token[u] = at - rank[u] * tokens;
+        const int place = shared.place[token[u]], tile = max(place, 0) / kTileTokens;
+        const int rank_of_tile = place >= 0 ? shared.rank[tile] : 0;
+        const TileShares shares = tile_shares(batch, rank_of_tile, parts_of_tile);
         from[u] = partial_products(batch, shared.number[tile], parts_of_tile) +
-                  (slice * rank + j) * kTileTokens + place % kTileTokens;
-        from[u] = j < rank ? from[u] : nullptr;
-        pieces[u] = j < rank ? shares.pieces : 0, stride[u] = shares.stride;
+                  (slice * rank_of_tile + rank[u]) * kTileTokens + place % kTileTokens;
+        pieces[u] = rank[u] < rank_of_tile ? shares.pieces : 0, stride[u] = shares.stride;
         most = max(most, pieces[u]);
-        scaling[u] = j < rank ? __ldcg(batch.scalings + shared.slot[tile]) : 0.0f;
+        scaling[u] = shared.scaling[tile];
       }
 #pragma unroll 1
       for (int c = 0; c < most; c += kParts) {
@@ -105,10 +107,9 @@ __device__ __forceinline__ void add_up_xa(const LinearDecodeParams& p,
       }
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) {
-        const int at = i + u * kFinishThreads;
-        if (at < values) {
-          shared.xa[(at / ranks * batch.num_slices + slice) * ranks + at % ranks] =
-              from[u] != nullptr ? sum[u] * scaling[u] : 0.0f;
+        if (rank[u] < ranks) {
+          store_rank<T>(shared.xa + token[u] * Traits::xa_stride(batch) + slice * ranks, rank[u],
+                        pieces[u] > 0 ? sum[u] * scaling[u] : 0.0f);
         }
       }
     }
@@ -170,13 +171,13 @@ struct LinearWalk {
 };
 
 // What the adapters add to W's rows of a pass, step by step, with the copies of B some steps ahead
-// and across the passes, like those of W. A lane has four chunks of 8 ranks: chunk i is of tile
+// and across the passes, like those of W. A lane copies four chunks of 8 ranks: chunk i is of tile
 // i / kRowChunks of the group, and of row i % kRowChunks of those that its place among the lanes
-// says.
+// says. In a product it has four ranks of two rows, which others of its warp have copied.
 template <typename T, typename Traits>
 struct LinearExpand {
   static constexpr int kChunks = Traits::kChunksB, kRowChunks = Traits::kRowChunks;
-  static constexpr int kGroup = Traits::kGroup, kRowStep = 32 / Traits::kLanes;
+  static constexpr int kGroup = Traits::kGroup, kLanes = Traits::kLanes, kRowStep = 32 / kLanes;
 
   const LinearDecodeParams& p;
   typename Traits::Shared& shared;
@@ -196,28 +197,18 @@ struct LinearExpand {
     }
   }
 
+  // Where of a warp's 32 chunks that of a row and of ranks lies: the reads of 16 lanes, four rows
+  // by 16 ranks, hit distinct banks.
+  __device__ static __forceinline__ int chunk_at(int row, int chunk) {
+    return row % kRowStep * kLanes + (chunk ^ (2 * (row % kRowStep * kLanes / 8) % kLanes));
+  }
+
   __device__ __forceinline__ void copy() {
     if (!ahead.done()) {
-      const auto& from = p.slices[ahead.slice];
-      const bool flat = p.b_offsets != nullptr;
-      const int rank_lane = ahead.first + thread % Traits::kLanes * 8;
-#pragma unroll
-      for (int i = 0; i < kChunks; ++i) {
-        const int tile = ahead.group * kGroup + i / kRowChunks, rank = shared.rank[tile];
-        const int row = 16 * ahead.block + i % kRowChunks * kRowStep + thread % 32 / Traits::kLanes;
-        const int valid = row >= ahead.begin && row < ahead.end ? rank - rank_lane : 0;
-        const int count = min(max(valid, 0), 8);
-        const int64_t start = flat ? shared.start_b[tile] : shared.slot[tile] * from.slot_stride;
-        const T* b = static_cast<const T*>(from.b) + start + rank_lane +
-                     (from.first_row + row - from.first_column) * (flat ? rank : from.row_stride);
-        void* to = shared.ring_b[fill][i][thread];
-        if (device::is_aligned(b, 16)) {
-          device::copy_async_16<true>(to, b, 2 * count);
-        } else {
-          device::Chunk<T, 8> chunk;
-          device::load_scalars(chunk, b, count);
-          *static_cast<device::Chunk<T, 8>*>(to) = chunk;
-        }
+      if (p.vector_b) {
+        copy_step<true>();
+      } else {
+        copy_step<false>();
       }
       ahead.next();
     }
@@ -227,80 +218,111 @@ struct LinearExpand {
 
   // Up to block `end_block`, which is that of the pass.
   __device__ __forceinline__ void add(int first_block, int end_block) {
-    const int lane = thread % Traits::kLanes, ranks = xa_slice(p.batch.max_rank);
+    const int lane = thread % 32, g = lane / 4, q = lane % 4, ranks = xa_slice(p.batch.max_rank);
+    constexpr int kProducts = Traits::kRanks / kLinearRanks;  // for a tile's ranks of a step
 #pragma unroll 1
     while (!now.done() && now.block < end_block) {
+      __syncwarp();  // what is copied next lands where the warp has just read
       copy();
       device::copy_async_wait<Traits::kStagesB - 1>();
-      device::Chunk<T, 8> chunks[kChunks];
-#pragma unroll
-      for (int i = 0; i < kChunks; ++i) {
-        chunks[i] = *reinterpret_cast<const device::Chunk<T, 8>*>(shared.ring_b[use][i][thread]);
-      }
-      // Of the row that this lane has the sum of in the end.
-      const int row = 16 * now.block + lane / 2 * kRowStep + thread % 32 / Traits::kLanes;
-      const bool has_row = lane % 2 == 0 && row >= now.begin && row < now.end;
-      float* const delta = &shared.delta[0][row - 16 * first_block];
-      const float* const xa = shared.xa + now.slice * ranks + now.first + 8 * lane;
+      __syncwarp();
+      uint32_t rows[kGroup][kProducts][2][2];  // zeros behind a rank
       int count[kGroup], most = 0;
-      bool active[kGroup];
 #pragma unroll
       for (int t = 0; t < kGroup; ++t) {
-        const int tile = now.group * kGroup + t;
-        count[t] = shared.count[tile];
-        active[t] = now.first + 8 * lane < shared.rank[tile];
+        count[t] = shared.count[now.group * kGroup + t];
         most = max(most, count[t]);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int row = g + 8 * h;
+          const auto* const chunks = shared.ring_b[use][t * kRowChunks + row / kRowStep];
+#pragma unroll
+          for (int s = 0; s < kProducts; ++s) {
+            const uint2 words = *reinterpret_cast<const uint2*>(
+                chunks[thread - lane + chunk_at(row, 2 * s + q / 2)] + q % 2 * 8);
+            rows[t][s][h][0] = words.x, rows[t][s][h][1] = words.y;
+          }
+        }
       }
-      // The tiles' tokens side by side, so that they need not wait for each other.
+      // Eight tokens of each tile at a time, side by side, so that none waits for another.
 #pragma unroll 1
-      for (int entry = 0; entry < most; ++entry) {
-        int token[kGroup];
-        float sums[kChunks] = {};
+      for (int eight = 0; eight < most; eight += 8) {
+        float d[kGroup][kProducts][4] = {};
+        int2 tokens[kGroup];  // of this lane's results
 #pragma unroll
         for (int t = 0; t < kGroup; ++t) {
-          token[t] = entry < count[t] ? shared.token[now.group * kGroup + t][entry] : -1;
+          const int tile = now.group * kGroup + t, rank = eight < count[t] ? shared.rank[tile] : 0;
+          const int* const of = &shared.token[tile][eight];
+          tokens[t] = rank > 0 ? *reinterpret_cast<const int2*>(of + 2 * q) : make_int2(-1, -1);
+          const int token = rank > 0 ? max(of[g], 0) : 0;
+          const float* const xa = shared.xa + token * Traits::xa_stride(p.batch) +
+                                  now.slice * ranks + now.first + 4 * q;
+#pragma unroll
+          for (int s = 0; s < kProducts; ++s) {
+            const uint4 values = now.first + kLinearRanks * s < rank
+                                     ? *reinterpret_cast<const uint4*>(xa + kLinearRanks * s)
+                                     : make_uint4(0, 0, 0, 0);
+            multiply_ranks<T>(d[t][s], rows[t][s], values);
+          }
         }
 #pragma unroll
         for (int t = 0; t < kGroup; ++t) {
-          if (token[t] >= 0 && active[t]) {
-            const float* values_of = xa + token[t] * p.batch.num_slices * ranks;
 #pragma unroll
-            for (int j = 0; j < 8; j += 4) {
-              const float4 values = *reinterpret_cast<const float4*>(values_of + j);
+          for (int i = 0; i < 4; ++i) {
+            float sum = d[t][0][i];
 #pragma unroll
-              for (int i = t * kRowChunks; i < (t + 1) * kRowChunks; ++i) {
-                const uint32_t low = chunks[i].words[j / 2], high = chunks[i].words[j / 2 + 1];
-                sums[i] += values.x * device::unpack<T>(low, 0);
-                sums[i] += values.y * device::unpack<T>(low, 1);
-                sums[i] += values.z * device::unpack<T>(high, 0);
-                sums[i] += values.w * device::unpack<T>(high, 1);
-              }
+            for (int s = 1; s < kProducts; ++s) {
+              sum += d[t][s][i];
             }
-          }
-        }
-        // Over the lanes of a row, each two of which are left with a sum for each tile.
-#pragma unroll
-        for (int half = kRowChunks / 2; half > 0; half /= 2) {
-          const bool upper = lane & 2 * half;
-#pragma unroll
-          for (int i = 0; i < kGroup * half; ++i) {
-            const int low = i / half * kRowChunks + i % half, high = low + half;
-            const float kept = upper ? sums[high] : sums[low];
-            const float given = upper ? sums[low] : sums[high];
-            sums[low] = kept + __shfl_xor_sync(0xffffffffu, given, 2 * half);
-          }
-        }
-#pragma unroll
-        for (int t = 0; t < kGroup; ++t) {
-          const float own = sums[t * kRowChunks];
-          const float sum = own + __shfl_xor_sync(0xffffffffu, own, 1);
-          if (has_row && token[t] >= 0) {
-            delta[token[t] * Traits::kRows] += sum;
+            const int token = i % 2 == 0 ? tokens[t].x : tokens[t].y;
+            const int row = 16 * now.block + g + i / 2 * 8;
+            if (token >= 0 && row >= now.begin && row < now.end) {
+              float& delta = shared.delta[token][row - 16 * first_block];
+              delta = now.first == 0 ? sum : delta + sum;
+            }
           }
         }
       }
       use = use + 1 < Traits::kStagesB ? use + 1 : 0;
       now.next();
+    }
+  }
+
+ private:
+  // kVector: all rows of B allow accesses of 16 bytes.
+  template <bool kVector>
+  __device__ __forceinline__ void copy_step() {
+    const auto& from = p.slices[ahead.slice];
+    const int lane = thread % 32, rank_lane = ahead.first + lane % kLanes * 8;
+    const int first_row = 16 * ahead.block + lane / kLanes;
+    auto* const to = shared.ring_b[fill];
+    const int at = thread - lane + chunk_at(lane / kLanes, lane % kLanes);
+    const T* b[kGroup];
+    int rank[kGroup];
+    int64_t row_stride[kGroup];
+#pragma unroll
+    for (int t = 0; t < kGroup; ++t) {
+      const int tile = ahead.group * kGroup + t;
+      const bool flat = !kVector && p.b_offsets != nullptr;
+      rank[t] = shared.rank[tile];
+      row_stride[t] = flat ? rank[t] : from.row_stride;
+      b[t] = static_cast<const T*>(from.b) + rank_lane +
+             (flat ? shared.start_b[tile] : shared.slot[tile] * from.slot_stride) +
+             (from.first_row + first_row - from.first_column) * row_stride[t];
+    }
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      const int t = i / kRowChunks, row = first_row + i % kRowChunks * kRowStep;
+      const T* const chunk = b[t] + i % kRowChunks * kRowStep * row_stride[t];
+      const int valid = row >= ahead.begin && row < ahead.end ? rank[t] - rank_lane : 0;
+      const int count = min(max(valid, 0), 8);
+      if (kVector || device::is_aligned(chunk, 16)) {
+        device::copy_async_16<true>(to[i][at], chunk, 2 * count);
+      } else {
+        device::Chunk<T, 8> values;
+        device::load_scalars(values, chunk, count);
+        *reinterpret_cast<device::Chunk<T, 8>*>(to[i][at]) = values;
+      }
     }
   }
 };
@@ -355,7 +377,8 @@ __device__ __forceinline__ void finish(const LinearDecodeParams& p,
   LinearExpand<T, Traits> expand(p, shared, share, thread);
   device::grid_dependency_wait();
   if (shared.tiles > 0) {
-    add_up_xa<Traits>(p, shared, 16 * share.first, 16 * (share.first + share.count), parts, thread);
+    add_up_xa<T, Traits>(p, shared, 16 * share.first, 16 * (share.first + share.count), parts,
+                         thread);
   }
 #pragma unroll 1
   for (int pass = 0; pass < share.passes; ++pass) {

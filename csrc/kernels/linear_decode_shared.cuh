@@ -18,7 +18,8 @@ struct alignas(64) LinearDecodeParams {
   void* y;
   int64_t x_stride, weight_stride, y_stride;
   int32_t out_features;
-  bool pairs;  // y allows stores of two neighbours
+  bool pairs;     // y allows stores of two neighbours
+  bool vector_b;  // rows of B allow accesses of 16 bytes
   DecodeBatch batch;
   const int64_t* b_offsets;  // flat layout, else null
   struct alignas(32) {
@@ -28,7 +29,7 @@ struct alignas(64) LinearDecodeParams {
   } slices[kMaxSlices];
 };
 
-// kTiles: blocks of 16 rows of W in a pass. kBlocks: blocks of 8 tokens. kLanes: lanes that share a
+// kTiles: blocks of 16 rows of W in a pass. kBlocks: blocks of 8 tokens. kLanes: lanes that copy a
 // row of B, 2, 4 or 8, 8 ranks each.
 template <int kTiles_, int kBlocks_, int kLanes_, int kRingBytes, int kRingBytesB>
 struct LinearDecodeTraits {
@@ -58,13 +59,18 @@ struct LinearDecodeTraits {
     // Of each tile of the plan that has a rank; behind the last one, rank and count are 0.
     int64_t start_b[kTokens];  // where B starts in a flat buffer
     int number[kTokens], slot[kTokens], rank[kTokens], first[kTokens], count[kTokens];
-    int token[kTokens][kTileTokens];
+    float scaling[kTokens];
+    alignas(16) int token[kTokens][kTileTokens];  // -1: none
     int tiles;
-    alignas(16) float xa[1];  // [kTokens][slice][ranks, up to a multiple of 8]
+    alignas(16) float xa[1];  // [kTokens][slice][xa_slice], see linear_ranks.cuh
   };
   static_assert(offsetof(Shared, sums) % 16 == 0 && offsetof(Shared, delta) % 16 == 0);
-  static constexpr int shared_bytes(int xa_stride) {
-    return static_cast<int>(offsetof(Shared, xa)) + kTokens * xa_stride * 4;
+  // Of xa, in values, between two tokens: whose stores of one rank hit distinct banks.
+  LORA_EXT_HOST_DEVICE static int xa_stride(const DecodeBatch& batch) {
+    return batch.num_slices * xa_slice(batch.max_rank) + 4;
+  }
+  static int shared_bytes(const DecodeBatch& batch) {
+    return static_cast<int>(offsetof(Shared, xa)) + kTokens * xa_stride(batch) * 4;
   }
 };
 

@@ -22,7 +22,7 @@ struct LinearShape {
 struct LinearConfig {
   int blocks;  // of 8 tokens; 0: the base layer and its adapters take kernels of their own
   int groups;  // CTAs
-  int lanes;   // that share a row of B, 8 ranks each: as many as the pool's rank needs, up to 8
+  int lanes;   // that copy a row of B, 8 ranks each: as many as the pool's rank needs, up to 8
 };
 
 // With more tokens x, which every CTA reads from L2, is as much as its share of W: 32 tokens take
@@ -33,8 +33,8 @@ constexpr int kLinearSharedBytes = 228 * 1024;
 // Values of xa of all tokens, fp32, in shared memory.
 constexpr int64_t kLinearMostXa = 8192;
 
-// xa of a slice of a token there, in values.
-LORA_EXT_HOST_DEVICE inline int xa_slice(int max_rank) { return (max_rank + 7) / 8 * 8; }
+// xa of a slice of a token there, in values: whole products of 16 ranks.
+LORA_EXT_HOST_DEVICE inline int xa_slice(int max_rank) { return (max_rank + 15) / 16 * 16; }
 
 inline LinearConfig linear_config(const LinearShape& s) {
   const int blocks = s.num_tokens <= 8 ? 1 : 2;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/vec.cuh"
+#include "kernels/linear_ranks.cuh"
 #include "kernels/linear_wgmma_shared.cuh"
 
 namespace lora_ext::cuda {
@@ -77,8 +78,7 @@ __device__ __forceinline__ void find_entries(const DecodeBatch& p, typename Trai
 }
 
 // xa of a slice for the CTA's own tokens, from the parts of the shrink, zeros up to whole steps of
-// 16 ranks. Of every four ranks of a token bf16 has the upper halves, then what they lack, in 16
-// bytes; fp16, whose range is too small for halves, has the values themselves.
+// 16 ranks.
 template <typename T, typename Traits>
 __device__ __forceinline__ void add_up_slice(const DecodeBatch& p, typename Traits::Shared& shared,
                                              int slice, int parts_of_tile, int thread) {
@@ -118,15 +118,7 @@ __device__ __forceinline__ void add_up_slice(const DecodeBatch& p, typename Trai
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       if (token[e] >= 0) {
-        float* to = shared.xa + token[e] * xa_stride + j / 4 * 4;
-        if constexpr (std::is_same_v<T, __half>) {
-          to[j % 4] = values[e];
-        } else {
-          T high, low;
-          device::split(values[e], high, low);
-          reinterpret_cast<T*>(to)[j % 4] = high;
-          reinterpret_cast<T*>(to)[4 + j % 4] = low;
-        }
+        store_rank<T>(shared.xa + token[e] * xa_stride, j, values[e]);
       }
     }
   }
@@ -184,25 +176,7 @@ __device__ __forceinline__ void add_ranks(const typename Traits::Shared& shared,
     if (groups >> j & 1) {
       const uint4 values = *reinterpret_cast<const uint4*>(xa + 8 * j * xa_stride);
       float d[4] = {};
-      if constexpr (std::is_same_v<T, __half>) {
-        const uint32_t ranks[4] = {values.x, values.y, values.z, values.w};
-#pragma unroll
-        for (int s = 0; s < 2; ++s) {
-          uint32_t a[4], high[2], low[2];
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            a[2 * i] = __float_as_uint(device::unpack<T>(rows[0][s], i));
-            a[2 * i + 1] = __float_as_uint(device::unpack<T>(rows[1][s], i));
-            high[i] = ranks[2 * s + i] & 0xffffe000u;
-            low[i] = __float_as_uint(__uint_as_float(ranks[2 * s + i]) - __uint_as_float(high[i]));
-          }
-          device::mma_tf32(d, a, high);
-          device::mma_tf32(d, a, low);
-        }
-      } else {
-        device::mma<T>(d, rows[0][0], rows[1][0], rows[0][1], rows[1][1], values.x, values.y);
-        device::mma<T>(d, rows[0][0], rows[1][0], rows[0][1], rows[1][1], values.z, values.w);
-      }
+      multiply_ranks<T>(d, rows, values);
       // The group's other tokens must not have it, not even as a product with 0: what an adapter
       // has that is not finite stays with its own tokens.
       const int2 of = *reinterpret_cast<const int2*>(&shared.token_entry[8 * j + 2 * q]);
