@@ -61,7 +61,7 @@ template <typename T, typename Traits>
 __device__ __forceinline__ void add_up_xa(const LinearDecodeParams& p,
                                           typename Traits::Shared& shared, int first_row,
                                           int end_row, int parts_of_tile, int thread) {
-  constexpr int kAtOnce = 4, kParts = 8;  // loads of a thread in flight
+  constexpr int kAtOnce = 4;  // values of a thread
   const DecodeBatch& batch = p.batch;
   const int tokens = batch.num_tokens, ranks = xa_slice(batch.max_rank), values = tokens * ranks;
 #pragma unroll 1
@@ -73,7 +73,7 @@ __device__ __forceinline__ void add_up_xa(const LinearDecodeParams& p,
     for (int i = thread; i < values; i += kAtOnce * kFinishThreads) {
       const float* from[kAtOnce];
       float scaling[kAtOnce], sum[kAtOnce] = {};
-      int token[kAtOnce], rank[kAtOnce], pieces[kAtOnce], stride[kAtOnce], most = 0;
+      int token[kAtOnce], rank[kAtOnce], pieces[kAtOnce], stride[kAtOnce];
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) {
         const int at = i + u * kFinishThreads;
@@ -84,27 +84,9 @@ __device__ __forceinline__ void add_up_xa(const LinearDecodeParams& p,
         from[u] = partial_products(batch, shared.number[tile], parts_of_tile) +
                   (slice * rank_of_tile + rank[u]) * kTileTokens + place % kTileTokens;
         pieces[u] = rank[u] < rank_of_tile ? shares.pieces : 0, stride[u] = shares.stride;
-        most = max(most, pieces[u]);
         scaling[u] = shared.scaling[tile];
       }
-#pragma unroll 1
-      for (int c = 0; c < most; c += kParts) {
-        float parts[kAtOnce][kParts];
-#pragma unroll
-        for (int k = 0; k < kParts; ++k) {
-#pragma unroll
-          for (int u = 0; u < kAtOnce; ++u) {
-            parts[u][k] = c + k < pieces[u] ? __ldcg(from[u] + (c + k) * stride[u]) : 0.0f;
-          }
-        }
-#pragma unroll
-        for (int k = 0; k < kParts; ++k) {
-#pragma unroll
-          for (int u = 0; u < kAtOnce; ++u) {
-            sum[u] += parts[u][k];
-          }
-        }
-      }
+      add_up_parts(from, pieces, stride, sum);
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) {
         if (rank[u] < ranks) {

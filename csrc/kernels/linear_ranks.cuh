@@ -11,6 +11,37 @@ namespace lora_ext::cuda {
 
 constexpr int kLinearRanks = 16;  // of a product
 
+// The parts of xa that the shrink has left, added up in their order, of several values at a time.
+template <int kValues>
+__device__ __forceinline__ void add_up_parts(const float* const (&from)[kValues],
+                                             const int (&pieces)[kValues],
+                                             const int (&stride)[kValues], float (&sums)[kValues]) {
+  constexpr int kParts = 8;  // of each value on their way
+  int most = 0;
+#pragma unroll
+  for (int u = 0; u < kValues; ++u) {
+    most = max(most, pieces[u]);
+  }
+#pragma unroll 1
+  for (int c = 0; c < most; c += kParts) {
+    float parts[kValues][kParts];
+#pragma unroll
+    for (int k = 0; k < kParts; ++k) {
+#pragma unroll
+      for (int u = 0; u < kValues; ++u) {
+        parts[u][k] = c + k < pieces[u] ? __ldcg(from[u] + (c + k) * stride[u]) : 0.0f;
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kParts; ++k) {
+#pragma unroll
+      for (int u = 0; u < kValues; ++u) {
+        sums[u] += parts[u][k];
+      }
+    }
+  }
+}
+
 // Writes rank `j` of a token's xa. Of every four ranks bf16 has the upper halves, then what they
 // lack, in 16 bytes; fp16, whose range is too small for halves, has the values themselves.
 template <typename T>

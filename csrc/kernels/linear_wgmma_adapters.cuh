@@ -19,10 +19,11 @@ __device__ __forceinline__ void find_entries(const DecodeBatch& p, typename Trai
     shared.entry[i].groups = 0;
   }
   if (thread == 0) {
-    shared.quads = 0;
+    shared.owns = 0;
   }
   // Lane i of the first warp has tile i; those that are more belong to a plan for more tokens.
   static_assert(Traits::kTokens <= 32);
+  constexpr int kTokensAtOnce = 4;
   int4 tile = {};
   int at = 0;
   if (thread < 32) {
@@ -46,79 +47,66 @@ __device__ __forceinline__ void find_entries(const DecodeBatch& p, typename Trai
     tile.z = rank > 0 ? tile.z : 0;
   }
   device::cta_barrier_sync(kHelpers, kLinearHelpers);
-  for (int quarter = 0; 4 * quarter < tile.z; ++quarter) {
-    int tokens[4];
-    bool has = false;
+  for (int place = 0; place < tile.z; place += kTokensAtOnce) {
+    int tokens[kTokensAtOnce], count = 0;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int entry = 4 * quarter + e;
-      tokens[e] = entry < tile.z && tile.y + entry < p.max_tokens
-                      ? read_plan<true>(p.permutation + tile.y + entry)
-                      : -1;
+    for (int e = 0; e < kTokensAtOnce; ++e) {
+      const int index = tile.y + place + e;
+      const bool exists = place + e < tile.z && index < p.max_tokens;
+      tokens[e] = exists ? read_plan<true>(p.permutation + index) : -1;
     }
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int token = tokens[e] < p.num_tokens ? tokens[e] : -1;
-      const bool is_own = token >= 0 && (own >> token / 8 & 1) != 0;
-      tokens[e] = is_own ? token : -1;
-      has |= is_own;
-      if (is_own) {
-        shared.token_entry[token] = at;
-        atomicOr(&shared.entry[at].groups, 1u << token / 8);
+    for (int e = 0; e < kTokensAtOnce; ++e) {
+      const bool is_own =
+          tokens[e] >= 0 && tokens[e] < p.num_tokens && (own >> tokens[e] / 8 & 1) != 0;
+      tokens[e] = is_own ? tokens[e] : -1;
+      count += is_own ? 1 : 0;
+    }
+    int to = count > 0 ? atomicAdd(&shared.owns, count) : 0;  // in any order: sums are a token's
+#pragma unroll
+    for (int e = 0; e < kTokensAtOnce; ++e) {
+      if (tokens[e] >= 0) {
+        shared.own[to++] = {tokens[e], thread, place + e, at};
+        shared.token_entry[tokens[e]] = at;
+        atomicOr(&shared.entry[at].groups, 1u << tokens[e] / 8);
       }
-    }
-    if (has) {  // in any order: each quad's sums are its own
-      const int quad = atomicAdd(&shared.quads, 1);
-      shared.quad[quad] = {thread, quarter, at};
-      *reinterpret_cast<int4*>(shared.quad_token[quad]) =
-          make_int4(tokens[0], tokens[1], tokens[2], tokens[3]);
     }
   }
   device::cta_barrier_sync(kHelpers, kLinearHelpers);
 }
 
 // xa of a slice for the CTA's own tokens, from the parts of the shrink, zeros up to whole steps of
-// 16 ranks.
+// 16 ranks. Tokens of one tile are neighbours there: so are the lanes that have them.
 template <typename T, typename Traits>
 __device__ __forceinline__ void add_up_slice(const DecodeBatch& p, typename Traits::Shared& shared,
                                              int slice, int parts_of_tile, int thread) {
-  constexpr int kParts = 8;
-  const int xa_stride = Traits::xa_stride(p.max_rank);
-  const int ranks = (p.max_rank + 15) / 16 * 16, items = shared.quads * ranks;
+  constexpr int kAtOnce = 2;  // values of a thread
+  const int xa_stride = Traits::xa_stride(p.max_rank), owns = shared.owns;
+  const int ranks = (p.max_rank + 15) / 16 * 16, values = owns * ranks;
 #pragma unroll 1
-  for (int i = thread; i < items; i += kLinearHelpers) {
-    const int quad = small_quotient(i, ranks), j = i - quad * ranks;
-    const auto at = shared.quad[quad];
-    const int4 tokens = *reinterpret_cast<const int4*>(shared.quad_token[quad]);
-    float4 sum = make_float4(0, 0, 0, 0);
-    const int rank = shared.entry[at.entry].rank;
-    if (j < rank) {
-      const float scaling = shared.entry[at.entry].scaling;
-      const TileShares shares = tile_shares(p, rank, parts_of_tile);
-      const float* from = partial_products(p, at.tile, parts_of_tile) +
-                          (slice * rank + j) * kTileTokens + 4 * at.quarter;
-      for (int c = 0; c < shares.pieces; c += kParts) {
-        float4 parts[kParts];
+  for (int i = thread; i < values; i += kAtOnce * kLinearHelpers) {
+    const float* from[kAtOnce];
+    float scaling[kAtOnce], sum[kAtOnce] = {};
+    int token[kAtOnce], rank[kAtOnce], pieces[kAtOnce], stride[kAtOnce];
 #pragma unroll
-        for (int k = 0; k < kParts; ++k) {
-          parts[k] = __ldcg(reinterpret_cast<const float4*>(from + min(c + k, shares.pieces - 1) *
-                                                                       shares.stride));
-        }
-#pragma unroll
-        for (int k = 0; k < kParts; ++k) {
-          if (c + k < shares.pieces) {
-            sum.x += parts[k].x, sum.y += parts[k].y, sum.z += parts[k].z, sum.w += parts[k].w;
-          }
-        }
-      }
-      sum.x *= scaling, sum.y *= scaling, sum.z *= scaling, sum.w *= scaling;
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int at = i + u * kLinearHelpers;
+      rank[u] = small_quotient(at, owns);
+      const auto item = shared.own[at - rank[u] * owns];
+      const int rank_of_slot = shared.entry[item.entry].rank;
+      const TileShares shares = tile_shares(p, rank_of_slot, parts_of_tile);
+      from[u] = partial_products(p, item.tile, parts_of_tile) +
+                (slice * rank_of_slot + rank[u]) * kTileTokens + item.place;
+      token[u] = item.token;
+      pieces[u] = rank[u] < rank_of_slot ? shares.pieces : 0, stride[u] = shares.stride;
+      scaling[u] = shared.entry[item.entry].scaling;
     }
-    const int token[4] = {tokens.x, tokens.y, tokens.z, tokens.w};
-    const float values[4] = {sum.x, sum.y, sum.z, sum.w};
+    add_up_parts(from, pieces, stride, sum);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      if (token[e] >= 0) {
-        store_rank<T>(shared.xa + token[e] * xa_stride, j, values[e]);
+    for (int u = 0; u < kAtOnce; ++u) {
+      if (rank[u] < ranks) {
+        store_rank<T>(shared.xa + token[u] * xa_stride, rank[u],
+                      pieces[u] > 0 ? sum[u] * scaling[u] : 0.0f);
       }
     }
   }

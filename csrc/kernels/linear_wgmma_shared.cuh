@@ -61,13 +61,11 @@ struct LinearWgmmaTraits {
     } entry[kTokens];
     int entries;
     alignas(8) int token_entry[kTokens];  // -1: no adapter
-    // Up to four tokens of one tile of the plan, of which the CTA has one at least: where their
-    // sums are, in units of four tokens.
-    struct Quad {
-      int tile, quarter, entry;
-    } quad[kTokens];
-    alignas(16) int quad_token[kTokens][4];  // -1: none of the CTA's
-    int quads;
+    // The CTA's own tokens that have an adapter, those of a tile of the plan one behind the other.
+    struct Own {
+      int token, tile, place, entry;  // place: in the tile
+    } own[kTokens];
+    int owns;
     alignas(16) float xa[4];  // [token][ranks], then the others' sums, [CTA][own group][thread][4]
   };
   // In whole steps of 16, and two tokens' rows in different banks.
