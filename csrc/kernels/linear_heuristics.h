@@ -50,10 +50,9 @@ inline LinearConfig linear_config(const LinearShape& s) {
 }
 
 // Tokens from which on a product of a tile of W by clusters comes first, where it can be had
-// (linear_wgmma.cu): it pays for each adapter more and for the tokens less. With one (16 tokens of
-// rank 16: 135 -> 124 us a layer, of rank 32 137 -> 130; 9 tokens 125 -> 124) it is the faster one
-// as soon as linear_decode's tokens are two blocks; with two there is no difference, with four it
-// is slower (131 -> 136).
+// (linear_wgmma.cu): it pays for each adapter more and for the tokens less. With one it is the
+// faster one as soon as linear_decode's tokens are two blocks (16 tokens of rank 16: 129 -> 124 us
+// a layer), with more of them it is not (four: 130 -> 136).
 LORA_EXT_HOST_DEVICE inline int64_t linear_wgmma_tokens(int64_t num_slots) {
   return num_slots == 1 ? 9 : kLinearMaxTokens + 1;
 }

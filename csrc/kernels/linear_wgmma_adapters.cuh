@@ -80,7 +80,7 @@ __device__ __forceinline__ void find_entries(const DecodeBatch& p, typename Trai
 template <typename T, typename Traits>
 __device__ __forceinline__ void add_up_slice(const DecodeBatch& p, typename Traits::Shared& shared,
                                              int slice, int parts_of_tile, int thread) {
-  constexpr int kAtOnce = 2;  // values of a thread
+  constexpr int kAtOnce = 3;  // values of a thread
   const int xa_stride = Traits::xa_stride(p.max_rank), owns = shared.owns;
   const int ranks = (p.max_rank + 15) / 16 * 16, values = owns * ranks;
 #pragma unroll 1
