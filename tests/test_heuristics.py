@@ -356,6 +356,10 @@ def test_parts_of_xa_are_summed_where_there_are_many_of_a_tile(
     shape = {"num_slots": 16, "in_features": in_features, "rows": rows, "sm_count": 132}
     layout = testing.xa_layout(num_tokens=num_tokens, **shape)
     assert (layout.parts, layout.summed) == expected
+    # Only whole sums are left in halves, and only of a dtype that needs no scale.
+    in_parts = layout.parts > 0 and not layout.summed
+    assert testing.xa_in_halves(layout, bf16=True) is not in_parts
+    assert not testing.xa_in_halves(layout, bf16=False)
 
 
 @given(

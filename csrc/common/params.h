@@ -96,6 +96,8 @@ struct XaLayout {
   LORA_EXT_HOST_DEVICE int place(int part, int tile) const {
     return part + tile + (summed ? most_tiles : 0);
   }
+  // The expand finds a sum once, not in parts.
+  LORA_EXT_HOST_DEVICE bool whole() const { return parts == 0 || summed; }
   LORA_EXT_HOST_DEVICE static int padded(int rank) { return (rank + 15) / 16 * 16; }
   LORA_EXT_HOST_DEVICE static int column(int position) {
     const int e = position % 4;

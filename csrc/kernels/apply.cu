@@ -8,6 +8,7 @@
 #include "kernels/kernels.h"
 #include "kernels/launch.cuh"
 #include "kernels/linear_heuristics.h"
+#include "kernels/prefill_heuristics.h"
 #include "kernels/wide_apply.h"
 
 namespace lora_ext::cuda {
@@ -151,7 +152,7 @@ int apply(const ApplyParams& p) {
   up.after_xa = p.dtype != DType::kFloat32;
   XaLayout layout = expand_reads_tiles(up) ? shrink_layout(down) : XaLayout{};
   if (layout.by_tile) {
-    layout.halves = (layout.parts == 0 || layout.summed) && expand_takes_halves(up);
+    layout.halves = xa_in_halves(layout, p.dtype);
     down.layout = up.layout = layout;
     down.xa_stride = up.xa_stride = int64_t{p.slices.count} * XaLayout::padded(p.max_rank);
   }

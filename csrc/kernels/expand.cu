@@ -459,11 +459,6 @@ bool expand_reads_tiles(const ExpandParams& p) {
          is_multiple(p.b, p.slices.count, 8, 16);
 }
 
-// Those of fp16 are scaled by the largest of a token's, which no lane of the shrink knows.
-bool expand_takes_halves(const ExpandParams& p) {
-  return p.dtype == DType::kBFloat16 && expand_reads_tiles(p);
-}
-
 int expand(const ExpandParams& p) {
   if (p.dtype == DType::kFloat32) {
     const auto blocks = static_cast<unsigned>(p.num_tokens);

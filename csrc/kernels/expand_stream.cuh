@@ -56,7 +56,7 @@ struct XaOfTile {
 };
 
 __device__ __forceinline__ XaOfTile xa_of_tile(const XaLayout& layout, int tile, int num_tiles) {
-  if (layout.parts == 0 || layout.summed) {
+  if (layout.whole()) {
     return {tile * kWideTileTokens, 1};
   }
   const XaLayout::Cut cut = layout.cut(num_tiles);

@@ -141,6 +141,12 @@ inline XaLayout xa_layout(const ShrinkShape& s) {
   return layout;
 }
 
+// Whether an apply's shrink splits sums for the expand. Those of fp16 are scaled by the largest of
+// a token's, which no lane of the shrink knows.
+inline bool xa_in_halves(const XaLayout& layout, DType dtype) {
+  return layout.by_tile && layout.whole() && dtype == DType::kBFloat16;
+}
+
 // fp32 elements that it takes.
 inline int64_t xa_elements(const ShrinkShape& s, const XaLayout& layout) {
   const int64_t places = int64_t{layout.most_tiles} * (layout.summed ? 2 : 1) + layout.parts;

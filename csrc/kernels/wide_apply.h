@@ -22,7 +22,5 @@ XaLayout shrink_layout(const ShrinkParams& params);
 int64_t shrink_layout_elements(const ShrinkParams& params);
 // Whether the wide expand can read it.
 bool expand_reads_tiles(const ExpandParams& params);
-// Whether it also takes whole sums in halves.
-bool expand_takes_halves(const ExpandParams& params);
 
 }  // namespace lora_ext::cuda

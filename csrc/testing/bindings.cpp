@@ -176,6 +176,12 @@ void bind_shrink_wgmma(py::module_& m) {
       },
       py::kw_only(), "num_tokens"_a, "num_slots"_a, "in_features"_a, "rows"_a, "sm_count"_a);
   m.def(
+      "xa_in_halves",
+      [](const XaLayout& layout, bool bf16) {
+        return xa_in_halves(layout, bf16 ? DType::kBFloat16 : DType::kFloat16);
+      },
+      "layout"_a, py::kw_only(), "bf16"_a);
+  m.def(
       "xa_elements",
       [](int64_t num_tokens, int64_t num_slots, int64_t in_features, int rows, int sm_count) {
         const ShrinkShape shape{num_tokens, num_slots, in_features, rows, sm_count, true};
