@@ -251,7 +251,10 @@ def test_the_shrink_by_wgmma_takes_what_the_chip_has(**shape: int) -> None:
 @pytest.mark.parametrize(
     ("num_tokens", "rows", "expected"),
     [
+        (304, 96, (48, 8, 108)),
+        (448, 96, (96, 8, 108)),  # no SM for each CTA of 48 rows
         (304, 128, (64, 8, 108)),
+        (304, 192, (64, 8, 108)),
         (512, 192, (96, 8, 108)),
         (1024, 384, (192, 2, 216)),
         (2048, 192, (192, 2, 216)),
@@ -275,6 +278,8 @@ def test_the_shrink_by_wgmma_reads_x_once_where_clusters_of_16_have_room() -> No
     config = testing.shrink_wgmma_config(num_tokens=304, **shape)
     assert (config.rows, config.cluster, config.kilobytes) == (128, 16, 144)
     assert testing.shrink_wgmma_config(num_tokens=512, **shape).cluster == 8
+    shape["rows"] = 192  # too much to exchange
+    assert testing.shrink_wgmma_config(num_tokens=304, **shape).cluster == 8
 
 
 def test_a_short_k_is_cut_finer_where_ctas_have_a_multiprocessor_each() -> None:

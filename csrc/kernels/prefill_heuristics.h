@@ -57,14 +57,17 @@ inline ShrinkConfig shrink_config(const ShrinkShape& s) {
 // Many tiles: one CTA on a multiprocessor, with all of its shared memory, and tiles cut into equal
 // parts. As far as 16 CTAs for each tile have room together: clusters of 16, each with all rows, so
 // that x is read once; the expand's first CTAs find room beside them (70B `down`, 304 tokens of
-// rank 128: 27.4 -> 23.6 us). Few tiles else: up to 96 rows a CTA, because more CTAs have more
-// loads in flight and what they read twice of x comes from the L2, but not 64, whose clusters would
-// not all have room (qkv, T = 512, rank 64, four segments: 18.1 -> 16.1 us), and 16 of them where
-// each still has 512 values of K (down, T = 512, rank 16, with the expand: 15.2 -> 12.0 us). Else
-// the cluster with the least time: waves over CTAs that share a tile, plus a tenth of a tile's time
-// for each wave. Three quarters of the places, as resident_blocks counts, because clusters find
-// little room beside another kernel's CTAs (2048 tokens, clusters of 7: 11.0 us alone, but 5 us
-// more with the expand behind it); pairs always find it. And some tiles more than full ones,
+// rank 128: 27.4 -> 23.6 us); but not with more than 128 rows, whose sums they exchange for 2.4 us
+// (70B qkv, 352 tokens of rank 64: 20.4 -> 17.1 us without). Few tiles else: up to 96 rows a CTA,
+// because more CTAs have more loads in flight and what they read twice of x comes from the L2, and
+// up to 64 as long as their clusters have room for more tiles than full ones, for clusters of few
+// CTAs are put two on a multiprocessor (qkv, 304 tokens: rank 32 11.9 -> 10.3 us, with an SM for
+// each CTA; rank 64 13.0 -> 11.8; but 512 tokens of four segments 16.1 -> 18.1), and 16 of them
+// where each still has 512 values of K (down, T = 512, rank 16, with the expand: 15.2 -> 12.0 us).
+// Else the cluster with the least time: waves over CTAs that share a tile, plus a tenth of a tile's
+// time for each wave. Three quarters of the places, as resident_blocks counts, because clusters
+// find little room beside another kernel's CTAs (2048 tokens, clusters of 7: 11.0 us alone, but 5
+// us more with the expand behind it); pairs always find it. And some tiles more than full ones,
 // because slots leave tiles partly filled (16 segments of 2048 tokens: 37 us with clusters of 6, 30
 // with 5). Two CTAs of up to 64 rows share a multiprocessor: one would have too few copies on their
 // way (`down`, 2048 tokens, rank 64: 43.7 us, 36.9 with two).
@@ -75,10 +78,16 @@ inline ShrinkConfig shrink_wgmma_config(const ShrinkShape& s) {
     return {rows, 1, kShrinkWhole};
   }
   const int most = static_cast<int>(std::clamp<int64_t>(s.in_features / 512, 1, 16));
-  if (rows > 64 && most == 16 && full * blocks * 16 <= resident_blocks(s.sm_count, 1, 16)) {
+  if (rows > 64 && rows <= 128 && most == 16 &&
+      full * blocks * 16 <= resident_blocks(s.sm_count, 1, 16)) {
     return {rows, 16, kShrinkPart};
   }
-  const int few_rows = shrink_rows(s.rows, 96);
+  const int64_t likely = full + std::min(full, s.num_slots) / 4;
+  const int narrow_rows = shrink_rows(s.rows, 64);
+  const int64_t blocks_of_narrow = ceil_div(s.rows, narrow_rows);
+  const bool narrow =
+      likely * blocks_of_narrow * 8 <= resident_blocks(s.sm_count, blocks_of_narrow > 2 ? 2 : 1, 8);
+  const int few_rows = narrow ? narrow_rows : shrink_rows(s.rows, 96);
   const int64_t few = full * ceil_div(s.rows, few_rows);
   if (few * 8 <= resident_blocks(s.sm_count, 2, 8)) {
     // Of a short K, too, as long as CTAs have a multiprocessor each (K 2880, 304 tokens of rank
@@ -89,7 +98,7 @@ inline ShrinkConfig shrink_wgmma_config(const ShrinkShape& s) {
     return {few_rows, cluster, kShrinkHalf};
   }
   ShrinkConfig config{rows, 1, rows <= 64 ? kShrinkHalf : kShrinkWhole};
-  const int64_t items = (full + std::min(full, s.num_slots) / 4) * blocks;
+  const int64_t items = likely * blocks;
   const auto time = [&](int cluster) {  // times cluster
     const int64_t places =
         resident_blocks(s.sm_count, rows <= 64 ? 2 : 1, cluster <= 2 ? 1 : cluster);
