@@ -293,6 +293,43 @@ def test_a_short_k_is_cut_finer_where_ctas_have_a_multiprocessor_each() -> None:
     assert clusters == {(304, 48): 8, (1000, 48): 8, (304, 384): 5, (1100, 48): 5}
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "in_features", "out_features", "num_slices", "max_rank", "expected"),
+    [
+        (304, 4096, 4096, 1, 64, True),
+        (448, 4096, 4096, 1, 64, True),
+        (512, 4096, 4096, 1, 64, False),  # a cluster for some units only
+        (304, 4096, 4096, 1, 32, False),
+        (304, 4096, 14336, 1, 64, False),  # more blocks of y than are resident
+        (304, 4096, 6144, 3, 64, False),
+        (304, 28672, 8192, 1, 64, False),  # x is much
+        (512, 2048, 2048, 1, 64, True),  # all of a CTA's share of K in its ring
+        (304, 2880, 6144, 3, 32, True),
+        (304, 2880, 6144, 3, 16, False),
+        (256, 2048, 2048, 1, 64, False),  # decode_is_wide says
+    ],
+)
+def test_short_prefills_of_little_work_take_the_wide_decode_kernels(
+    num_tokens: int,
+    in_features: int,
+    out_features: int,
+    num_slices: int,
+    max_rank: int,
+    expected: bool,
+) -> None:
+    shape = {
+        "num_tokens": num_tokens,
+        "num_slots": 16,
+        "in_features": in_features,
+        "out_features": out_features,
+        "num_slices": num_slices,
+        "max_rank": max_rank,
+    }
+    assert testing.prefill_is_wide(**shape) is expected
+    assert not testing.prefill_is_wide(**shape, half=False)
+    assert not testing.prefill_is_wide(**shape, batch_invariant=True)
+
+
 @given(num_tiles=st.integers(0, 10_000), cluster=st.integers(1, 16), places=st.integers(1, 1000))
 def test_clusters_are_halved_until_every_tile_has_a_place(
     num_tiles: int, cluster: int, places: int

@@ -113,7 +113,9 @@ int64_t apply_workspace(const ApplyParams& p) {
     const int64_t rows = int64_t{16} * config.blocks * config.row_groups;
     return std::max(config.split_rules.all_parts(num_tiles(p)) * rows * kTileTokens, wide);
   }
-  return std::max(p.num_tokens * columns, shrink_layout_elements(shrink_of(p)));
+  const ApplyShape shape = apply_shape_of(p);
+  const int64_t wide = prefill_is_wide(shape) ? decode_wide_workspace(p, wide_split(shape)) : 0;
+  return std::max({p.num_tokens * columns, shrink_layout_elements(shrink_of(p)), wide});
 }
 
 // What runs beside it, or comes next, is a base layer's product.
@@ -137,7 +139,7 @@ bool apply_runs_beside(const ApplyParams& p) { return apply_config_of(p).decode 
 
 int apply(const ApplyParams& p) {
   const ApplyShape shape = apply_shape_of(p);
-  if (decode_is_wide(shape) && decode_wide_takes(p)) {
+  if ((decode_is_wide(shape) || prefill_is_wide(shape)) && decode_wide_takes(p)) {
     return decode_wide(p, wide_split(shape));
   }
   if (ApplyConfig config = apply_config(shape); config.decode) {

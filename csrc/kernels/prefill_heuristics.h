@@ -26,6 +26,13 @@ struct ShrinkConfig {
   int kilobytes;  // of shared memory for stages, of the kernel with wgmma
 };
 
+// Tiles that a batch of some segments has: more than full ones, because slots leave tiles partly
+// filled.
+inline int64_t mixed_tiles(int64_t num_tokens, int64_t num_slots) {
+  const int64_t full = ceil_div(num_tokens, kWideTileTokens);
+  return full + std::min(full, num_slots) / 4;
+}
+
 // Columns of xa that a CTA of the kernel with wgmma computes: equal shares of at most `most`, as
 // there are kernels for 16, 32, 48, 64, 96, 128 and 192.
 inline int shrink_rows(int rows, int most = 192) {
@@ -82,7 +89,7 @@ inline ShrinkConfig shrink_wgmma_config(const ShrinkShape& s) {
       full * blocks * 16 <= resident_blocks(s.sm_count, 1, 16)) {
     return {rows, 16, kShrinkPart};
   }
-  const int64_t likely = full + std::min(full, s.num_slots) / 4;
+  const int64_t likely = mixed_tiles(s.num_tokens, s.num_slots);
   const int narrow_rows = shrink_rows(s.rows, 64);
   const int64_t blocks_of_narrow = ceil_div(s.rows, narrow_rows);
   const bool narrow =
@@ -176,6 +183,31 @@ inline int64_t shrink_clusters(int64_t num_tokens, int64_t num_slots, int sm_cou
 inline int64_t expand_walks(int64_t num_tokens, int64_t row_steps, int64_t resident) {
   const int64_t items = ceil_div(num_tokens, kWideTileTokens) * row_steps;
   return items > 12 * resident ? 2 * resident : resident;
+}
+
+// Where the two kernels of decode_wide.cuh serve more than 256 tokens better, whose expand has a
+// CTA for each block of y, with B and y at hand when xa comes: as long as those are a wave and a
+// third at most, and units of the shrink, tiles by 64 rows of A, find a cluster each. Up to as many
+// values of K as make no more steps than its ring holds (K 2,048, 512 tokens of rank 64: 8.2 -> 7.3
+// us, 304 of six segments of rank 32: 9.0 -> 8.2); of more, above rank 32, while there are two
+// clusters for each unit, and x is little (K 4,096, 304 tokens of rank 64: 9.4 -> 7.8 us, but
+// 640: 12.1 -> 12.5).
+inline bool prefill_is_wide(const ApplyShape& s) {
+  constexpr int64_t kRing = 6 * 64, kMostElements = 4 << 20;
+  if (!s.half || s.batch_invariant || s.num_tokens <= kDecodeMaxTokens || s.max_rank <= 16 ||
+      s.max_rank > kWideMostRank) {
+    return false;
+  }
+  const WideSplit split = wide_split(s);
+  const int64_t tiles = mixed_tiles(s.num_tokens, s.num_slots), units = tiles * split.row_groups;
+  if (3 * tiles * ceil_div(s.out_features, 128) > 4 * 2 * s.sm_count) {
+    return false;
+  }
+  if (s.in_features <= kRing * split.cluster) {
+    return units <= split.places;
+  }
+  return s.max_rank > 32 && 2 * units <= split.places &&
+         s.num_tokens * s.in_features <= kMostElements;
 }
 
 // The expand that walks along rows of y pays from where y is what moves; its registers hold 128

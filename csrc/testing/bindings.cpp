@@ -150,6 +150,16 @@ void bind_shrink(py::module_& m) {
 
 void bind_shrink_wgmma(py::module_& m) {
   m.def(
+      "prefill_is_wide",
+      [](int64_t num_tokens, int64_t num_slots, int64_t in_features, int64_t out_features,
+         int num_slices, int max_rank, int sm_count, bool half, bool batch_invariant) {
+        return prefill_is_wide({num_tokens, num_slots, in_features, out_features, num_slices,
+                                max_rank, sm_count, half, batch_invariant});
+      },
+      py::kw_only(), "num_tokens"_a, "num_slots"_a, "in_features"_a, "out_features"_a,
+      "num_slices"_a, "max_rank"_a, "sm_count"_a = 132, "half"_a = true,
+      "batch_invariant"_a = false);
+  m.def(
       "shrink_wgmma_config",
       [](int64_t num_tokens, int64_t num_slots, int64_t in_features, int rows, int sm_count) {
         return shrink_wgmma_config({num_tokens, num_slots, in_features, rows, sm_count, true});
