@@ -108,6 +108,8 @@ def main() -> int:
             dense(num_tokens, [rank, rank - 3, 0], 1032, [264, 72])
     dense(30, [300, 8], 72, [40])
     dense(200, [64], 4096, [512])  # wide tiles, and parts of K
+    for rank in (16, 32, 64):  # the streaming expands
+        dense(40, [rank] * 40, 520, [8000])
     dense(520, [64, 16], 4096, [512])
     for num_tokens in (5, 300):
         gradients(num_tokens, [16, 0, 40])

@@ -111,6 +111,16 @@ def test_every_warp_of_the_decode_shrink_has_work(**shape: int) -> None:
     assert splits[0] == 1 or splits[0] * 32 * 8 < shape["in_features"] + 32 * 8
 
 
+def test_a_small_apply_divides_the_cache_alike_and_a_large_shrink_wants_all_of_it() -> None:
+    qkv = {"num_tokens": 32, "in_features": 4096, "num_slices": 3, "sm_count": 132}
+    qkv |= {"half": True, "batch_invariant": False}
+    sizes = ((8, 16, 58, 58), (32, 16, -1, -1), (32, 64, 28, -1))
+    for num_slots, max_rank, shrink, expand in sizes:
+        config = testing.apply_config(num_slots=num_slots, max_rank=max_rank, **qkv)
+        assert config.shrink_shared_percent == shrink
+        assert config.expand_shared_percent == expand
+
+
 @given(capacity=st.integers(1, 300), **{**APPLY, "num_tokens": TOKENS})
 def test_the_grid_has_room_for_every_part_of_every_number_of_tiles(
     capacity: int, **shape: int

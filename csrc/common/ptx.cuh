@@ -115,6 +115,14 @@ __device__ __forceinline__ void copy_async_16(uint32_t to, const void* from, int
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(bytes)
                : "memory");
 }
+// All of them or, where not `exists`, zeros: one instruction where a number of bytes is eight.
+__device__ __forceinline__ void copy_async_16_or_zero(uint32_t to, const void* from, bool exists) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.eq.s32 p, %2, 0;\n"
+      "cp.async.cg.shared.global [%0], [%1], 16, p;\n}\n" ::"r"(to),
+      "l"(from), "r"(static_cast<int>(exists))
+      : "memory");
+}
 template <bool kLine = false>
 __device__ __forceinline__ void copy_async_8(void* to, const void* from, int bytes) {
   if constexpr (kLine) {

@@ -12,13 +12,19 @@
 
 namespace lora_ext::device {
 
-// Rows of 64 values of 16 bits, contraction along the row, in the 128-byte swizzle: row r is at
-// byte 128 r, its 16-byte chunk c at position c ^ (r % 8). The start must be a multiple of 1024
-// bytes, plus 32 for each step of 16 values.
+// Rows of kRowBytes, 128 or 64, contraction along the row, in the swizzle of as many bytes: row r
+// is at byte kRowBytes r, its 16-byte chunk c at position c ^ swizzle_of(r). The start must be a
+// multiple of 8 rows' bytes, plus 32 for each step of 16 values.
+template <int kRowBytes = 128>
 __device__ __forceinline__ uint64_t swizzled_tile(const void* start) {
-  constexpr uint64_t kEightRows = 1024 / 16, kSwizzle128 = 1;
+  static_assert(kRowBytes == 128 || kRowBytes == 64);
+  constexpr uint64_t kEightRows = 8 * kRowBytes / 16, kSwizzle = 128 / kRowBytes;
   return (shared_address(start) & 0x3ffff) >> 4 | uint64_t{1} << 16 | kEightRows << 32 |
-         kSwizzle128 << 62;
+         kSwizzle << 62;
+}
+template <int kRowBytes>
+__device__ __forceinline__ int swizzle_of(int row) {
+  return kRowBytes == 128 ? row % 8 : row / 2 % 4;
 }
 
 // What threads wrote to shared memory becomes visible to the products; before a barrier.

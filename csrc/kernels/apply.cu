@@ -3,6 +3,7 @@
 #include "kernels/decode_batch.cuh"
 #include "kernels/decode_expand.cuh"
 #include "kernels/decode_expand_stream.cuh"
+#include "kernels/decode_expand_wgmma.cuh"
 #include "kernels/decode_shrink.cuh"
 #include "kernels/decode_wide.h"
 #include "kernels/kernels.h"
@@ -37,7 +38,7 @@ cudaError_t launch_shrink(const ApplyParams& p, const ApplyConfig& config) {
   shape.shared_bytes = Traits::kSharedBytes;
   shape.cluster = 1;
   shape.dependent = !p.beside;  // the capture knows already on what it depends, and how
-  shape.shared_percent = config.shared_percent;
+  shape.shared_percent = config.shrink_shared_percent;
   return launch_kernel(p.beside     ? decode_shrink_kernel<T, kBlocks, false, true>
                        : all_vector ? decode_shrink_kernel<T, kBlocks, false>
                                     : decode_shrink_kernel<T, kBlocks, true>,
@@ -62,23 +63,41 @@ cudaError_t launch_expand(const ApplyParams& p, const ApplyConfig& config, bool 
   shape.cluster = 1;
   shape.dependent = true;
   const DeviceProperties device = device_properties();
+  // As many CTAs of a kernel as are resident; none where one for each block is better.
+  const auto stream_ctas = [&](int bytes, int most) {
+    const int resident = std::min(most, device.shared_bytes / (bytes + kReservedSharedBytes));
+    return decode_stream_ctas(p.num_tokens, p.plan.num_slots, d.blocks_per_tile, p.max_rank,
+                              resident, device.sm_count);
+  };
+  const auto stream = [&](auto* kernel, int bytes, int most) {
+    shape.grid = dim3(static_cast<unsigned>(stream_ctas(bytes, most)));
+    shape.shared_bytes = bytes;
+    return launch_kernel(kernel, shape, p.stream, d);
+  };
   const int stream_bytes = DecodeStreamTraits<Y, kChunk>::shared_bytes(p.max_rank);
-  const int resident = std::min(kDecodeStreamCtas<kChunk>,
-                                device.shared_bytes / (stream_bytes + kReservedSharedBytes));
-  const int64_t stream_ctas = decode_stream_ctas(p.num_tokens, p.plan.num_slots, d.blocks_per_tile,
-                                                 p.max_rank, resident, device.sm_count);
-  if (all_vector && stream_ctas > 0) {
-    shape.grid = dim3(static_cast<unsigned>(stream_ctas));
-    shape.shared_bytes = stream_bytes;
-    return launch_kernel(p.beside ? decode_expand_stream_kernel<T, Y, kChunk, true>
-                                  : decode_expand_stream_kernel<T, Y, kChunk>,
-                         shape, p.stream, d);
+  if (all_vector && stream_ctas(stream_bytes, kDecodeStreamCtas<kChunk>) > 0) {
+    if constexpr (kChunk == 8) {
+      // Its sums round as those of no other kernel do, so where the choice of one depends on the
+      // batch it must not be among them.
+      if (has_wgmma() && !p.batch_invariant) {
+        const auto by_wgmma = [&](auto span) {
+          constexpr int kSpan = decltype(span)::value;
+          return stream(decode_expand_wgmma_kernel<T, Y, kSpan>,
+                        DecodeWgmmaTraits<kSpan>::shared_bytes(p.max_rank), kDecodeWgmmaCtas);
+        };
+        return p.max_rank <= 32 ? by_wgmma(std::integral_constant<int, 32>{})
+                                : by_wgmma(std::integral_constant<int, 64>{});
+      }
+    }
+    return stream(p.beside ? decode_expand_stream_kernel<T, Y, kChunk, true>
+                           : decode_expand_stream_kernel<T, Y, kChunk>,
+                  stream_bytes, kDecodeStreamCtas<kChunk>);
   }
   const int64_t ctas = num_tiles(p) * d.blocks_per_tile;
   d.launches_next = expand_launches_next(p.num_tokens, ctas, p.max_rank, device.sm_count);
   shape.grid = dim3(static_cast<unsigned>(ctas));
   shape.shared_bytes = DecodeExpandTraits<Y, kChunk>::shared_bytes(p.max_rank);
-  shape.shared_percent = config.shared_percent;
+  shape.shared_percent = config.expand_shared_percent;
   return launch_kernel(p.beside     ? decode_expand_kernel<T, Y, kChunk, false, true>
                        : all_vector ? decode_expand_kernel<T, Y, kChunk, false>
                                     : decode_expand_kernel<T, Y, kChunk, true>,
@@ -122,7 +141,7 @@ int64_t apply_workspace(const ApplyParams& p) {
 int apply_shrink(const ApplyParams& p) {
   const ApplyShape shape = apply_shape_of(p);
   ApplyConfig config = apply_config(shape);
-  config.shared_percent = shrink_beside_product_percent(shape, config.shared_percent);
+  config.shrink_shared_percent = shrink_beside_product_percent(shape, config.shrink_shared_percent);
   return decode_shrink(p, config);
 }
 
@@ -144,7 +163,7 @@ int apply(const ApplyParams& p) {
   }
   if (ApplyConfig config = apply_config(shape); config.decode) {
     if (p.beside) {
-      config.shared_percent = kBesideSharedPercent;
+      config.shrink_shared_percent = config.expand_shared_percent = kBesideSharedPercent;
     }
     const int error = decode_shrink(p, config);
     return error != 0 ? error : decode_expand(p, config, true);

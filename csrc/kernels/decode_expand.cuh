@@ -138,11 +138,12 @@ struct PartialProducts {
   }
 };
 
-// Leaves xa in shared memory, [16 tokens][stride] twice: as the sum of two 16-bit halves, ranks
-// padded with 0 to whole steps of kSpan. fp16: scaled by what token_max, [16], says.
-template <typename T, int kSpan>
+// Leaves xa in shared memory twice, as the sum of two 16-bit halves, at(token, rank) from where
+// they begin; ranks padded with 0 to whole steps of kSpan. fp16: scaled by what token_max, [16],
+// says.
+template <typename T, int kSpan, typename At>
 __device__ __forceinline__ void split_xa(const PartialProducts& xa, const DecodeTile& t,
-                                         int* token_max, T* high, T* low, int stride) {
+                                         int* token_max, T* high, T* low, const At& at) {
   const int thread = threadIdx.x;
   // The first one, two or four of a tile's quads of tokens: what is left out ends in columns of the
   // product that nobody reads.
@@ -188,8 +189,8 @@ __device__ __forceinline__ void split_xa(const PartialProducts& xa, const Decode
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const float scale = device::kNeedsScale<T> ? device::scale_down(token_max[token + e]) : 1.0f;
-      device::split(values[e] * scale, high[(token + e) * stride + row],
-                    low[(token + e) * stride + row]);
+      const int to = at(token + e, row);
+      device::split(values[e] * scale, high[to], low[to]);
     }
   };
   if constexpr (kSpan == 16) {  // ranks up to 16: no thread has two items
@@ -326,7 +327,8 @@ __device__ __forceinline__ void decode_expand_body(const DecodeExpandParams& p, 
     }
     device::copy_async_commit();
   }
-  split_xa<T, kSpan>(xa, t, token_max, xa_high, xa_low, xa_stride);
+  split_xa<T, kSpan>(xa, t, token_max, xa_high, xa_low,
+                     [&](int token, int row) { return token * xa_stride + row; });
 
   float acc[4][2][4] = {};
   for (int j = 0; j < rank; j += kSpan) {

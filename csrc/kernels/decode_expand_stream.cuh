@@ -175,7 +175,8 @@ __device__ __forceinline__ void decode_expand_blocks(const DecodeExpandParams& p
     y_there = true;
   }
   __syncthreads();  // all warps are done with xa of the blocks before
-  split_xa<T, kSpan>(xa, t, token_max, xa_high, xa_low, xa_stride);
+  split_xa<T, kSpan>(xa, t, token_max, xa_high, xa_low,
+                     [&](int token, int row) { return token * xa_stride + row; });
 
   int next_stage = 0;
 #pragma unroll 1
@@ -217,11 +218,10 @@ __device__ __forceinline__ void decode_expand_blocks(const DecodeExpandParams& p
   }
 }
 
-// For B and y whose rows allow vector accesses.
-template <typename T, typename Y, int kChunk, bool kFollows = false>
-__global__ void __launch_bounds__(kExpandThreads, kDecodeStreamCtas<kChunk>)
-    decode_expand_stream_kernel(const __grid_constant__ DecodeExpandParams p) {
-  extern __shared__ __align__(128) unsigned char shared[];
+// Calls blocks(tile's DecodeTile, tile, slice, first, last, number of tiles) for what the CTA has
+// of the batch, blocks of a tile and a slice at a time.
+template <typename Blocks>
+__device__ __forceinline__ void walk_blocks(const DecodeExpandParams& p, const Blocks& blocks) {
   if (!p.after_shrink) {
     device::grid_dependency_launch();
     device::grid_dependency_wait();
@@ -229,7 +229,6 @@ __global__ void __launch_bounds__(kExpandThreads, kDecodeStreamCtas<kChunk>)
   // Looked at beside the number of tiles: where there is a CTA for each item, it is the one.
   const int num_tiles = read_num_tiles(p.batch);
   int known = blockIdx.x / p.blocks_per_tile;
-  bool y_there = !kFollows;
   DecodeTile t = read_tile<true>(p.batch, known, 0, 0);
   const unsigned items = min(num_tiles, p.batch.tile_capacity) * p.blocks_per_tile,
                  parts = gridDim.x;
@@ -248,14 +247,25 @@ __global__ void __launch_bounds__(kExpandThreads, kDecodeStreamCtas<kChunk>)
       t = read_tile<true>(p.batch, tile, 0, 0);
     }
     if (t.slot >= 0 && t.rank > 0) {
-      decode_expand_blocks<T, Y, kChunk, kFollows>(p, t, tile, slice, at - slice_begin,
-                                                   last - slice_begin, num_tiles, y_there, shared);
+      blocks(t, tile, slice, at - slice_begin, last - slice_begin, num_tiles);
     }
     at = last;
   }
-  if (kFollows && blockIdx.x == 0) {  // as in decode_expand.cuh
+  if (blockIdx.x == 0) {  // as in decode_expand.cuh
     device::grid_dependency_wait();
   }
+}
+
+// For B and y whose rows allow vector accesses.
+template <typename T, typename Y, int kChunk, bool kFollows = false>
+__global__ void __launch_bounds__(kExpandThreads, kDecodeStreamCtas<kChunk>)
+    decode_expand_stream_kernel(const __grid_constant__ DecodeExpandParams p) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  bool y_there = !kFollows;
+  walk_blocks(p, [&](const DecodeTile& t, int tile, int slice, int first, int last, int num_tiles) {
+    decode_expand_blocks<T, Y, kChunk, kFollows>(p, t, tile, slice, first, last, num_tiles, y_there,
+                                                 shared);
+  });
 }
 
 }  // namespace lora_ext::cuda

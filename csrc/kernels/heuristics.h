@@ -136,7 +136,8 @@ struct ApplyConfig {
   int row_groups;  // such CTAs for all rows of a slot of the highest rank
   SplitRules split_rules;
   int prefetch_features;  // values of K of a part that are brought to L2 ahead of time
-  int shared_percent;     // of an SM's L1 cache that both kernels want as shared memory; -1: any
+  // Of an SM's L1 cache, what either kernel wants as shared memory; -1: any.
+  int shrink_shared_percent, expand_shared_percent;
 };
 
 // The decode kernels pay while a tile's weights are what moves; past that x and y are, and the wide
@@ -197,17 +198,24 @@ inline ApplyConfig apply_config(const ApplyShape& s) {
   // Few bytes and few tiles. With more, copies ahead of time are in the way of those that somebody
   // waits for, and loads want the whole cache (`down`, 32 adapters of rank 16: 10.4 -> 9.4 us).
   constexpr int64_t kSmallBytes = 16 << 20;
-  const bool small = tiles * rows * s.in_features * 2 <= kSmallBytes && tiles <= s.sm_count / 8;
+  const int64_t bytes = tiles * rows * s.in_features * 2;
+  const bool small = bytes <= kSmallBytes && tiles <= s.sm_count / 8;
   // Kernels that want the cache divided differently are never on an SM at the same time, and small
   // ones live from being there at the same time (`down`, 8 tokens of one adapter of rank 64: 7.7 ->
-  // 6.1 us). Loads on their way live in what is left of the cache, so large ones want it whole.
+  // 6.1 us). Loads on their way live in what is left of the cache, so a large shrink asks for the
+  // least that two CTAs can do with; else an SM may stay divided as the expand before wanted it
+  // (70b qkv, rank 64, 100 tokens zipf: 44.0 -> 39.4; but `down` of rank 16, 9.3 -> 9.6).
   constexpr int kSharedPercent = 58;  // two CTAs of each kernel
+  constexpr int kLeastSharedPercent = 28;
   const auto row_groups = static_cast<int>(ceil_div(rows, 16 * blocks));
   return {true,
           blocks,
           row_groups,
           split_rules(s, row_groups, small),
           small ? static_cast<int>(s.in_features) : 4 * 32 * kDecodeWarps,
+          small                 ? kSharedPercent
+          : bytes > kSmallBytes ? kLeastSharedPercent
+                                : -1,
           small ? kSharedPercent : -1};
 }
 

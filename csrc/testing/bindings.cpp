@@ -61,7 +61,9 @@ void bind_apply(py::module_& m) {
       .def_readonly("decode", &ApplyConfig::decode)
       .def_readonly("blocks", &ApplyConfig::blocks)
       .def_readonly("split_rules", &ApplyConfig::split_rules)
-      .def_readonly("prefetch_features", &ApplyConfig::prefetch_features);
+      .def_readonly("prefetch_features", &ApplyConfig::prefetch_features)
+      .def_readonly("shrink_shared_percent", &ApplyConfig::shrink_shared_percent)
+      .def_readonly("expand_shared_percent", &ApplyConfig::expand_shared_percent);
   m.def(
       "apply_config",
       [](int64_t num_tokens, int64_t num_slots, int64_t in_features, int num_slices, int max_rank,
