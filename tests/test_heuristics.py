@@ -217,7 +217,7 @@ def test_wide_tiles_are_for_many_tokens_of_large_adapters() -> None:
         )
     # More tokens a slot where ranks are lower.
     narrow = {**qkv, "out_features": 6144}
-    for max_rank, fewest, sizes in ((128, 48, qkv), (64, 160, qkv), (64, 128, narrow)):
+    for max_rank, fewest, sizes in ((128, 48, qkv), (64, 96, qkv), (64, 128, narrow)):
         shape = {"num_slots": 8, **sizes, "max_rank": max_rank}
         assert testing.decode_is_wide(num_tokens=fewest, **shape)
         assert not testing.decode_is_wide(num_tokens=fewest - 1, **shape)

@@ -183,8 +183,8 @@ __global__ void __launch_bounds__(WideShrinkTraits::kBound, 2)
   const int all_steps = (static_cast<int>(p.in_features) + kStep - 1) / kStep;
   uint32_t to = device::shared_address(shared) + (copy_row * 8 + (chunk ^ copy_row % 8)) * 16;
   const T *x_from[kCopies], *a_from[kCopies];
-  int row_bytes[kCopies];  // to copy of each row of A
-  int steps, left;         // left: of K, from the thread's first values on
+  int has_row[kCopies];  // of A
+  int steps, left;       // left: of K, from the thread's first values on
   // What has no row becomes zeros, since what lies there may be anything; a row of x without a
   // token reaches sums that nobody reads.
   const auto fetch = [&](int step, int stage_at) {
@@ -192,14 +192,14 @@ __global__ void __launch_bounds__(WideShrinkTraits::kBound, 2)
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       if (at.ids[i] >= 0) {
-        device::copy_async_16(to + stage_at + i * kCopyRows * 128, x_from[i] + step * kStep,
-                              inside ? 16 : 0);
+        device::copy_async_16_or_zero(to + stage_at + i * kCopyRows * 128, x_from[i] + step * kStep,
+                                      inside);
       }
     }
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      device::copy_async_16(to + stage_at + (kWideTileTokens + i * kCopyRows) * 128,
-                            a_from[i] + step * kStep, inside ? row_bytes[i] : 0);
+      device::copy_async_16_or_zero(to + stage_at + (kWideTileTokens + i * kCopyRows) * 128,
+                                    a_from[i] + step * kStep, inside & has_row[i]);
     }
   };
   device::cluster_wait();  // all have made their barriers
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(WideShrinkTraits::kBound, 2)
       const int row = first_row + copy_row + i * kCopyRows;
       const int slice = padded > 0 ? small_quotient(row, padded) : 0, j = row - slice * padded;
       const bool exists = slice < p.slices.count && j < at.rank;
-      row_bytes[i] = exists ? 16 : 0;
+      has_row[i] = exists;
       a_from[i] = static_cast<const T*>(p.a.base[exists ? slice : 0]) +
                   p.a.row_offset(at.slot_inside(p), exists ? slice : 0, at.rank, exists ? j : 0) +
                   begin * kStep + 8 * chunk;
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(WideShrinkTraits::kBound, 2)
           if (at.ids[i] >= 0) {
             device::prefetch_l2(x_from[i], bytes);
           }
-          if (row_bytes[i] > 0) {
+          if (has_row[i]) {
             device::prefetch_l2(a_from[i], bytes);
           }
         }
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(WideShrinkTraits::kBound, 2)
     asm volatile("" : "+r"(to), "+r"(left), "+r"(steps));
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      asm volatile("" : "+l"(x_from[i]), "+l"(a_from[i]), "+r"(row_bytes[i]), "+r"(at.ids[i]));
+      asm volatile("" : "+l"(x_from[i]), "+l"(a_from[i]), "+r"(has_row[i]), "+r"(at.ids[i]));
     }
     const WideCheck<kCopies, kCopyRows> check(p, at);
     __syncwarp();  // these loads stay in front of the copies, which would delay them
@@ -289,28 +289,36 @@ __global__ void __launch_bounds__(WideShrinkTraits::kBound, 2)
   float sums[16] = {};
   const int half = warp / 4;
   const float scaling = p.scalings[at.tile.x];
-  // Few steps are on their way all at once, and are multiplied all at once.
-  const bool at_once = steps <= kStages;
+  // Few steps are on their way all at once, and are multiplied all at once; many two at a time,
+  // since a barrier for each takes as long as the products do. An odd one is the first.
+  int together = steps <= kStages ? steps : 2 - steps % 2;
   int stage = 0;
 #pragma unroll 1
   for (int step = 0; step < steps;) {
-    if (at_once) {
+    if (steps <= kStages) {
       device::copy_async_wait<0>();
-    } else {
+    } else if (step == 0) {
       device::copy_async_wait<kStages - 2>();
+    } else {
+      device::copy_async_wait<kStages - 4>();
     }
     device::fence_shared_for_products();
     device::wgmma_wait<0>();
-    __syncthreads();  // the step's data are there, and the products of the one before are done
-    if (step > 0) {
-      if (step + kStages - 1 < steps) {
-        fetch(step + kStages - 1,
-              stage == 0 ? (kStages - 1) * Traits::kStageBytes : stage - Traits::kStageBytes);
+    __syncthreads();  // the steps' data are there, and the products of those before are done
+    if (step > 0) {   // whose stages are filled again
+#pragma unroll 1
+      for (; together > 0; --together) {
+        const int to_stage = stage - together * Traits::kStageBytes;
+        if (step - together + kStages < steps) {
+          fetch(step - together + kStages,
+                to_stage < 0 ? to_stage + kStages * Traits::kStageBytes : to_stage);
+        }
+        device::copy_async_commit();
       }
-      device::copy_async_commit();
+      together = 2;
     }
 #pragma unroll 1
-    for (const int end = at_once ? steps : step + 1; step < end; ++step) {
+    for (const int end = step + together; step < end; ++step) {
       device::wgmma_fence();
       const uint64_t tokens = device::swizzled_tile(shared + stage);
       const uint64_t weights =

@@ -10,14 +10,15 @@ constexpr int kWideThreads = 256;  // of the expand: two warpgroups, of 64 colum
 constexpr int kWideColumns = 128;
 
 // kSteps: steps of 16 ranks. In shared memory, tiles of 64 ranks in the products' swizzle: of
-// weights, of xa's upper and of its lower halves.
+// the weights of a block and of the next one, of xa's upper and of its lower halves.
 template <int kSteps>
 struct WideExpandTraits {
   static constexpr int kQuads = 4 * kSteps;
   static constexpr int kChunks = 2 * kSteps;  // of eight ranks, a row of weights
   static constexpr int kRankTiles = kSteps / 4;
   static constexpr int kWeightsTile = kWideColumns * 128, kXaTile = kWideTileTokens * 128;
-  static constexpr int kUpperAt = kRankTiles * kWeightsTile;
+  static constexpr int kStageBytes = kRankTiles * kWeightsTile;
+  static constexpr int kUpperAt = 2 * kStageBytes;
   static constexpr int kLowerAt = kUpperAt + kRankTiles * kXaTile;
   static constexpr int kScalesAt = kLowerAt + kRankTiles * kXaTile;  // fp16 only
   static constexpr int kAlignment = 1024;                            // for the swizzle
@@ -102,15 +103,16 @@ __device__ __forceinline__ void sum_parts(const ApplyParams& p, const WideWork& 
   }
 }
 
-// A CTA at a time serves a tile and 128 columns of a slice; `blocks` are those of a tile.
-// kFollows: y comes with xa, not before.
+// The work, tiles by `blocks` of 128 columns, is cut into equal parts, one a CTA, which adds up the
+// xa of a tile and a slice once and passes its blocks with the weights of the next one on their
+// way. kFollows: y comes with xa, not before.
 template <typename T, typename Y, int kSteps, bool kFollows = false>
 __global__ void __launch_bounds__(WideShrinkTraits::kBound, 2)
     decode_wide_expand_kernel(const __grid_constant__ ApplyParams p,
                               const __grid_constant__ WideWork work, int blocks) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Traits = WideExpandTraits<kSteps>;
-  constexpr int kChunks = Traits::kChunks;
+  constexpr int kChunks = Traits::kChunks, kRows = kWideThreads / kChunks;  // copied at once
   constexpr int kAhead = kSteps == 4 && sizeof(Y) == 2 ? 3 : 2;  // no more, or registers spill
   extern __shared__ unsigned char unaligned[];
   unsigned char* shared =
@@ -119,87 +121,101 @@ __global__ void __launch_bounds__(WideShrinkTraits::kBound, 2)
             q = lane % 4;
   const int half = warp / 4;  // of the columns
   const int num_tiles = work.num_tiles(p.plan), parts = work.split.cut(num_tiles).parts;
+  // Looked at beside the number of tiles: where there is a CTA for each item, it is the one.
+  int known = small_quotient(blockIdx.x, blocks);
+  Tile tile = p.plan.wide_tiles[known];
   bool waited = false;
+  const unsigned items = num_tiles * blocks, each = items / gridDim.x,
+                 longer = items - each * gridDim.x;  // parts with an item more
+  int item = static_cast<int>(each * blockIdx.x + min(blockIdx.x, longer));
+  const int end = static_cast<int>(item + each + (blockIdx.x < longer));
 #pragma unroll 1
-  for (int item = blockIdx.x;; item += gridDim.x) {
+  while (item < end) {
     const int index = small_quotient(item, blocks);
-    const Tile tile = p.plan.wide_tiles[min(index, work.most_tiles - 1)];  // in the same trip
-    if (index >= num_tiles) {
-      if (kFollows && !waited && blockIdx.x == 0) {
-        device::grid_dependency_wait();
-      }
-      return;
+    if (index != known) {
+      known = index;
+      tile = p.plan.wide_tiles[index];
     }
-    int slice = 0, block = item - index * blocks, width = 0;
+    int slice = 0, block = item - index * blocks, width = 0, of_slice = 0;
     for (;; ++slice) {
       width = p.slices.offset[slice + 1] - p.slices.offset[slice];
-      const int of_slice = (width + kWideColumns - 1) / kWideColumns;
+      of_slice = (width + kWideColumns - 1) / kWideColumns;
       if (block < of_slice) {
         break;
       }
       block -= of_slice;
     }
-    // Of the two tokens that the lane has sums of.
-    int ids[2];
+    const int last = min(of_slice, block + end - item);
+    item += last - block;
+    Y* rows[2];  // of the two tokens that the lane has sums of, from its first column on
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int token = 16 * (warp % 4) + 8 * h + g;
-      ids[h] = token < tile.count ? p.plan.permutation[tile.start + token] : -1;
+      const int id = token < tile.count ? p.plan.permutation[tile.start + token] : -1;
+      rows[h] = id >= 0 && id < p.num_tokens ? static_cast<Y*>(p.y) + id * p.y_stride +
+                                                   p.slices.offset[slice] + 64 * half + 8 * q
+                                             : nullptr;
     }
     const int rank = min(p.ranks[tile.slot], p.max_rank);
     if (rank <= 0) {
       continue;
     }
-    __syncthreads();  // all warps are done with the weights before
-    const int first_column = block * kWideColumns, columns = width - first_column;
-    {
-      constexpr int kRows = kWideThreads / kChunks;  // of weights, that the CTA copies at once
-      const int chunk = thread % kChunks, row = thread / kChunks;
-      const int bytes = 2 * min(max(rank - 8 * chunk, 0), 8);
-      const int64_t stride = p.b.stride(slice, rank);
-      const T* from = static_cast<const T*>(p.b.base[slice]) +
-                      p.b.row_offset(tile.slot, slice, rank, first_column + row) + 8 * chunk;
+    __syncthreads();  // all warps are done with the blocks before
+    const int chunk = thread % kChunks, row = thread / kChunks;
+    const int bytes = 2 * min(max(rank - 8 * chunk, 0), 8);
+    const int64_t stride = p.b.stride(slice, rank);
+    const T* b = static_cast<const T*>(p.b.base[slice]) +
+                 p.b.row_offset(tile.slot, slice, rank, row) + 8 * chunk;
+    // Column 32 m + 8 q + 2 n + e of a half is row 32 m + 8 n + 2 q + e of its product, so that a
+    // lane has eight neighbours. A thread's columns are kRows apart.
+    constexpr int kTurns = 32 / kRows;
+    const auto fetch = [&](int number, int stage_at) {
+      if (number < last) {
+        uint32_t turns[kTurns];
 #pragma unroll
-      for (int i = 0; i < kWideColumns / kRows; ++i) {
-        const int c = row + i * kRows;
-        if (c < columns) {
-          // Column 32 m + 8 q + 2 n + e of a half is row 32 m + 8 n + 2 q + e of its product, so
-          // that a lane has eight neighbours.
-          const int to = c / 32 * 32 + c % 8 / 2 * 8 + c % 32 / 8 * 2 + c % 2;
-          device::copy_async_16(
-              shared + chunk / 8 * Traits::kWeightsTile + to * 128 + (chunk % 8 ^ to % 8) * 16,
-              from, bytes);
+        for (int i = 0; i < kTurns; ++i) {
+          const int to = row % 8 / 2 * 8 + (row / 8 + i * (kRows / 8)) * 2 + row % 2;
+          turns[i] = device::shared_address(shared) + stage_at + chunk / 8 * Traits::kWeightsTile +
+                     to * 128 + (chunk % 8 ^ to % 8) * 16;
         }
-        from += kRows * stride;
+        const T* from = b + int64_t{number} * kWideColumns * stride;
+        const int left = width - number * kWideColumns - row;
+        const auto copy = [&](const auto& copy_16) {
+#pragma unroll
+          for (int i = 0; i < kWideColumns / kRows; ++i) {
+            if (i * kRows < left) {
+              copy_16(turns[i % kTurns] + i / kTurns * 32 * 128, from);
+            }
+            from += kRows * stride;
+          }
+        };
+        if (bytes % 16 == 0) {
+          copy([&](uint32_t to, const T* at) { device::copy_async_16_or_zero(to, at, bytes > 0); });
+        } else {
+          copy([&](uint32_t to, const T* at) { device::copy_async_16(to, at, bytes); });
+        }
       }
-    }
-    device::copy_async_commit();
+      device::copy_async_commit();
+    };
+    int stage = 0;
     device::Outputs<Y> outputs[2][2];
-    Y* rows[2][2];
-    const auto load_y = [&] {
+    const auto exists = [&](int number, int h, int m) {
+      return rows[h] != nullptr && 64 * half + 32 * m + 8 * q < width - number * kWideColumns;
+    };
+    const auto load_y = [&](int number) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
-          if (rows[h][m] != nullptr) {
-            outputs[h][m].load(rows[h][m]);
+          if (exists(number, h, m)) {
+            outputs[h][m].load(rows[h] + number * kWideColumns + 32 * m);
           }
         }
       }
     };
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        const int column = 64 * half + 32 * m + 8 * q;
-        rows[h][m] = column < columns && ids[h] >= 0 && ids[h] < p.num_tokens
-                         ? static_cast<Y*>(p.y) + ids[h] * p.y_stride + p.slices.offset[slice] +
-                               first_column + column
-                         : nullptr;
-      }
-    }
+    fetch(block, stage);
     if (!kFollows) {
-      load_y();
+      load_y(block);
     }
     if (!waited) {
       device::grid_dependency_launch();
@@ -207,57 +223,66 @@ __global__ void __launch_bounds__(WideShrinkTraits::kBound, 2)
       waited = true;
     }
     if (kFollows) {
-      load_y();
+      load_y(block);
     }
     sum_parts<T, kSteps, kAhead>(p, work, index, slice, tile, rank, parts, shared);
-    device::copy_async_wait<0>();
-    device::fence_shared_for_products();
-    __syncthreads();
-    if (64 * half >= columns) {
-      continue;
-    }
-    // sums[4 (4 m + n) + 2 h + e] is token 16 (warp % 4) + 8 h + g, column 32 m + 8 q + 2 n + e.
-    float sums[32] = {};
-    device::wgmma_fence();
+#pragma unroll 1
+    for (; block < last; ++block) {
+      device::copy_async_wait<0>();
+      device::fence_shared_for_products();
+      __syncthreads();
+      const unsigned char* const weights_at = shared + stage;
+      stage = Traits::kStageBytes - stage;
+      fetch(block + 1, stage);
+      // sums[4 (4 m + n) + 2 h + e] is token 16 (warp % 4) + 8 h + g, column 32 m + 8 q + 2 n + e.
+      float sums[32];
+      device::wgmma_fence();
 #pragma unroll
-    for (int kk = 0; kk < kSteps; ++kk) {
-      const uint64_t weights =
-          device::swizzled_tile(shared + kk / 4 * Traits::kWeightsTile + half * 64 * 128) +
-          kk % 4 * 2;
-      const int at = kk / 4 * Traits::kXaTile;
-      device::wgmma<T, 64>(sums, device::swizzled_tile(shared + Traits::kUpperAt + at) + kk % 4 * 2,
-                           weights);
-      device::wgmma<T, 64>(sums, device::swizzled_tile(shared + Traits::kLowerAt + at) + kk % 4 * 2,
-                           weights);
-    }
-    device::wgmma_commit();
-    float scales[2];  // fp16 only
-    if constexpr (device::kNeedsScale<T>) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        scales[h] =
-            reinterpret_cast<const float*>(shared + Traits::kScalesAt)[16 * (warp % 4) + 8 * h + g];
+      for (int kk = 0; kk < kSteps; ++kk) {
+        const uint64_t weights =
+            device::swizzled_tile(weights_at + kk / 4 * Traits::kWeightsTile + half * 64 * 128) +
+            kk % 4 * 2;
+        const unsigned char* const xa = shared + kk / 4 * Traits::kXaTile;
+        device::wgmma<T, 64>(sums, device::swizzled_tile(xa + Traits::kUpperAt) + kk % 4 * 2,
+                             weights, kk == 0);
+        device::wgmma<T, 64>(sums, device::swizzled_tile(xa + Traits::kLowerAt) + kk % 4 * 2,
+                             weights);
       }
-    }
-    device::wgmma_wait<0>();
+      device::wgmma_commit();
+      float scales[2];  // fp16 only
+      if constexpr (device::kNeedsScale<T>) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        if (rows[h][m] != nullptr) {
-          float delta[8];
-#pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            delta[i] = sums[4 * (4 * m + i / 2) + 2 * h + i % 2];
-            if constexpr (device::kNeedsScale<T>) {
-              delta[i] *= scales[h];
-            }
-          }
-          outputs[h][m].add(delta);
-          outputs[h][m].store(rows[h][m]);
+        for (int h = 0; h < 2; ++h) {
+          scales[h] = reinterpret_cast<const float*>(
+              shared + Traits::kScalesAt)[16 * (warp % 4) + 8 * h + g];
         }
       }
+      device::wgmma_wait<0>();
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+          if (exists(block, h, m)) {
+            float delta[8];
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+              delta[i] = sums[4 * (4 * m + i / 2) + 2 * h + i % 2];
+              if constexpr (device::kNeedsScale<T>) {
+                delta[i] *= scales[h];
+              }
+            }
+            outputs[h][m].add(delta);
+            outputs[h][m].store(rows[h] + block * kWideColumns + 32 * m);
+          }
+        }
+      }
+      if (block + 1 < last) {
+        load_y(block + 1);
+      }
     }
+  }
+  if (kFollows && !waited && blockIdx.x == 0) {  // what comes next waits for this kernel alone
+    device::grid_dependency_wait();
   }
 #endif
 }

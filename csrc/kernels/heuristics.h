@@ -256,10 +256,10 @@ constexpr int kWideRows = 64;       // of A, that a CTA of the shrink takes
 
 // Where the decode kernels would read a slot's weights several times from L2, once for each 16
 // tokens, and slots are few and may have many tokens: if all are in use 6, above rank 64, where x
-// is read again for each 32 rows (70b `down`, T50 shared 18.3 -> 11.7 us, of eight slots 30.7 ->
-// 36); else 16, as long as tiles of as many leave the expand no more than two waves of CTAs (qkv,
-// rank 64, T128: of one adapter 11.4 -> 7.7, of eight 12.9 -> 12.9; gate_up 17.9 -> 12.7 and 22.8
-// -> 28.2), or 20.
+// is read again for each 32 rows (70b `down`, T50 shared 18.8 -> 10.5 us, of eight slots 27.5 ->
+// 35); else 16, or 12 where y is wider than K is long, whose blocks share the sums of xa (rank 64:
+// qkv, T128 of one adapter 11.4 -> 7.7, of eight 12.9 -> 12.9; gate_up, T100 15.4 -> 10.6, 19.6 ->
+// 20.5; but `down` 8.7 -> 8.1, 11.4 -> 13.6).
 inline bool decode_is_wide(const ApplyShape& s) {
   constexpr int64_t kMuch = 4 << 20;
   if (!s.half || s.batch_invariant || s.num_tokens > kDecodeMaxTokens ||
@@ -267,8 +267,7 @@ inline bool decode_is_wide(const ApplyShape& s) {
     return false;
   }
   const int64_t weights = int64_t{2} * s.max_rank * (s.num_slices * s.in_features + s.out_features);
-  const int64_t columns = likely_tiles(s.num_tokens, s.num_slots, kWideTileTokens) * s.out_features;
-  const int64_t tokens = s.max_rank > 64 ? 6 : columns <= 4 * 128 * s.sm_count ? 16 : 20;
+  const int64_t tokens = s.max_rank > 64 ? 6 : s.out_features > s.in_features ? 12 : 16;
   return ceil_div(s.num_tokens, kTileTokens) * weights > kMuch && s.num_slots <= s.sm_count / 16 &&
          s.num_tokens >= s.num_slots * tokens;
 }
@@ -276,12 +275,14 @@ inline bool decode_is_wide(const ApplyShape& s) {
 // Clusters of 8 find places on most of the chip; those of 16, on less of it, leave the expand half
 // as many parts, and are not idle where mixes leave a few more units, where full tiles make up to
 // four and K is long (`down`, rank 64, T128 shared: 8.4 -> 8.0 us, T256 zipf 19.0 -> 15.5). A CTA
-// has at least four steps of 64 values of K. Units, or parts of them, take a multiprocessor for
+// has at least four steps of 64 values of K, and no more than two clusters share them, since the
+// expand adds their parts up (70b `down`, rank 128, T50 shared: 11.8 -> 10.7; `down`, rank 64, T128
+// 8.1 -> 7.9). Units, or parts of them, take a multiprocessor for
 // each CTA, so that the expand is resident beside them; only with more units two (qkv, rank 64,
 // T128 of eight slots: 14.8 -> 12.9), since CTAs without a unit come late and hold the expand up
 // (T32 shared: 5.1 -> 5.9).
 inline WideSplit wide_split(const ApplyShape& s) {
-  constexpr int64_t kSteps = 4 * 64, kMostParts = 16;
+  constexpr int64_t kSteps = 4 * 64, kMostParts = 2;
   const int64_t rows = s.num_slices * ceil_div(s.max_rank, 16) * 16;
   const int64_t row_groups = ceil_div(rows, kWideRows);
   const int64_t full = ceil_div(s.num_tokens, kWideTileTokens) * row_groups;
