@@ -82,14 +82,16 @@ def embedding(num_tokens: int, rank: int) -> None:
         finite(y, ops.lora_embedding(ids, a, *rest))
 
 
-def moe(num_tokens: int, rank: int, num_experts: int) -> None:
-    """Gate and up with x per token, then down with x per pair."""
+def moe(num_tokens: int, rank: int, num_experts: int, hidden: int = 320, slots: int = 3) -> None:
+    """Gate and up with x per token, then down with x per pair; tokens of the first `slots`."""
     gen = generator("moe")
-    for in_features, widths, per_token in ((320, [176, 176], True), (176, [320], False)):
+    for in_features, widths, per_token in ((hidden, [176, 176], True), (176, [hidden], False)):
         module = moe_problems.make_moe(
             [rank, 0, max(rank // 2, 1)], num_experts, in_features, widths, torch.bfloat16, DEVICE
         )
-        batch = moe_problems.random_batch(num_tokens, 2, module, DEVICE, gen)
+        ids = moe_problems.random_ids(num_tokens, 2, num_experts, gen)
+        of_tokens = torch.randint(slots, (num_tokens,), generator=gen).tolist()
+        batch = moe_problems.route(ids, of_tokens, module, DEVICE)
         rows = num_tokens if per_token else 2 * num_tokens
         x = randn((rows, in_features), torch.bfloat16, DEVICE, gen)
         y = torch.zeros(2 * num_tokens, sum(widths), dtype=torch.bfloat16, device=DEVICE)
@@ -122,6 +124,9 @@ def main() -> int:
     moe(1500, 32, 8)
     moe(1500, 64, 8)
     moe(5000, 16, 8)
+    for rank in (16, 32, 64):  # clusters that share parts of K, of few pairs and of many
+        moe(200, rank, 64, 2048, slots=1)
+        moe(1000, rank, 64, 2048, slots=1)
     return 0
 
 

@@ -27,6 +27,7 @@ SHRINK: dict[str, Any] = {  # what moe_shrink_config takes
     "in_features": FEATURES,
     "matrices": st.integers(1, 8),
     "rows": st.integers(1, 8 * 1024),
+    "max_rank": st.integers(1, 1024),
     "vector": st.booleans(),
     "sm_count": SM_COUNTS,
 }
@@ -60,23 +61,32 @@ def test_the_moe_shrink_covers_rows_and_features(**shape: int) -> None:
 @given(**SHRINK)
 def test_ctas_of_the_moe_shrink_share_parts_of_k_where_tiles_may_be_few(**shape: int) -> None:
     config = testing.moe_shrink_config(**shape)
-    if config.few_tiles > 0:
+    assert config.members in (1, 2, 4)
+    if config.members > 1:
         # All CTAs of so many tiles are resident, two to an SM; more tiles were expected.
         groups = min(shape["num_pairs"], shape["num_groups"])
-        assert 4 * config.few_tiles * config.splits <= 2 * shape["sm_count"]
-        assert 2 * config.few_tiles < max(groups, -(-shape["num_pairs"] // 64))
-        assert config.few_features % 128 == 0
-        assert config.few_features <= config.split_features <= 4 * config.few_features
+        assert config.members * config.few_tiles * config.splits <= 2 * shape["sm_count"]
+        assert config.few_tiles < max(groups, -(-shape["num_pairs"] // 64))
+        assert config.member_features % 128 == 0
+        covered = config.members * config.member_features
+        assert config.member_features <= config.split_features <= covered
 
 
-def test_few_experts_of_one_adapter_share_parts_of_k() -> None:
-    shape = dict(in_features=2880, matrices=1, rows=32, vector=True, sm_count=132)
+def test_few_tiles_of_one_adapter_share_parts_of_k() -> None:
+    shape = dict(in_features=2880, matrices=1, rows=32, max_rank=16, vector=True, sm_count=132)
     of = testing.moe_shrink_config
     few = of(num_pairs=1200, num_groups=256, num_experts=32, **shape)  # gpt-oss-20b, 300 tokens
     assert (few.splits, few.split_features) == (1, 2944)
-    assert (few.few_tiles, few.few_features) == (66, 768)
-    assert of(num_pairs=1200, num_groups=1024, num_experts=128, **shape).few_tiles == 0
-    assert of(num_pairs=1200, num_groups=32, num_experts=32, **shape).few_tiles == 0
+    assert (few.members, few.few_tiles, few.member_features) == (4, 66, 768)
+    assert of(num_pairs=1200, num_groups=32, num_experts=32, **shape).members == 1
+    # Twice as many tiles as would do: of many pairs, and not up to rank 16 for two slices.
+    groups = dict(num_groups=1024, num_experts=128)
+    assert of(num_pairs=4096, **groups, **shape).members == 1
+    assert of(num_pairs=4096, **groups, **{**shape, "max_rank": 32}).members == 2
+    assert of(num_pairs=1024, **groups, **{**shape, "max_rank": 32}).members == 1
+    assert of(num_pairs=4096, **groups, **{**shape, "rows": 16}).members == 2
+    wide = of(num_pairs=4096, **groups, **{**shape, "rows": 128, "max_rank": 64})
+    assert (wide.members, wide.few_tiles) == (2, 132)
 
 
 @given(**SHRINK)
@@ -107,7 +117,7 @@ def test_moe_shrink_blocks_are_spread_where_they_are_few(**shape: int) -> None:
 def test_a_long_k_is_split_further_for_few_pairs(**shape: int) -> None:
     def features(in_features: int) -> int:
         config = testing.moe_shrink_config(
-            in_features=in_features, matrices=1, vector=True, num_experts=100, **shape
+            in_features=in_features, matrices=1, vector=True, num_experts=100, max_rank=16, **shape
         )
         return int(config.split_features)
 
@@ -127,6 +137,7 @@ def test_a_long_k_of_many_pairs_is_left(num_pairs: int, features: int) -> None:
         num_pairs=num_pairs,
         num_groups=100,
         num_experts=100,
+        max_rank=16,
         in_features=14336,
         matrices=1,
         rows=16,
@@ -250,12 +261,17 @@ def test_warps_of_the_moe_expand_take_two_units_only_beyond_a_wave(**shape: int)
 def test_layouts_do_not_change_how_k_is_split(rank: int, slices: int, **shape: int) -> None:
     configs = [
         testing.moe_shrink_config(
-            matrices=matrices, rows=slices * rank // matrices, vector=vector, **shape
+            matrices=matrices,
+            rows=slices * rank // matrices,
+            max_rank=rank,
+            vector=vector,
+            **shape,
         )
         for matrices in (1, slices)
         for vector in (False, True)
     ]
-    assert len({(c.split_features, c.few_tiles, c.few_features) for c in configs}) == 1
+    ways = {(c.split_features, c.members, c.few_tiles, c.member_features) for c in configs}
+    assert len(ways) == 1
 
 
 @given(

@@ -26,6 +26,7 @@ MoeShrinkConfig shrink_config_of(const MoeApplyParams& p) {
   // The slices of a packed A are one matrix.
   shape.matrices = p.a.rows_by_rank ? 1 : p.slices.count;
   shape.rows = p.max_rank * (p.a.rows_by_rank ? p.slices.count : 1);
+  shape.max_rank = p.max_rank;
   shape.vector = moe_shrink_is_vector(p);
   shape.sm_count = device_properties().sm_count;
   return moe_shrink_config(shape);

@@ -11,7 +11,8 @@ struct MoeShape {
   int64_t num_experts;
   int64_t in_features;
   int matrices, rows;  // matrices of A for one (slot, expert), and rows of each
-  bool vector;         // addresses and strides allow 16-byte loads
+  int max_rank;
+  bool vector;  // addresses and strides allow 16-byte loads
   int sm_count;
 };
 
@@ -20,9 +21,9 @@ struct MoeShrinkConfig {
   int blocks;      // CTAs that share a tile's rows
   int splits;      // CTAs that share K; each has a plane of the workspace, which the expand adds up
   int split_features;
-  // Up to so many tiles (0: none), which only the device can count, kMoeFewParts CTAs share a part
-  // of K, so many values each, and add up their sums.
-  int few_tiles, few_features;
+  // CTAs come in clusters of so many, which share a part of K, so many values each, and add up
+  // their sums, if there are up to so many tiles, which only the device can count. 1: never.
+  int members, member_features, few_tiles;
   int prefetch_features;   // of a part of K, brought to L2 ahead of time
   int most_blocks_per_sm;  // 0: as many as fit
 };
@@ -56,7 +57,6 @@ inline int moe_shrink_parts(const MoeShape& s, int64_t ctas) {
 
 // As many rows in a CTA as x is to be read for, up to 64, where registers end. How K is split does
 // not depend on how the weights lie in memory, so neither do the bits of a result.
-constexpr int kMoeFewParts = 4;  // CTAs that share a part of K where tiles are few
 inline MoeShrinkConfig moe_shrink_config(const MoeShape& s) {
   constexpr int kMostRows = 64;
   MoeShrinkConfig config{};
@@ -82,14 +82,23 @@ inline MoeShrinkConfig moe_shrink_config(const MoeShape& s) {
   const int64_t a_bytes = tiles * s.matrices * s.rows * s.in_features * 2;
   const bool small = tiles <= 2 * s.sm_count && a_bytes <= kPrefetchBytes;
   config.prefetch_features = s.vector && small ? config.split_features : 0;
-  // With one adapter of few experts there may be far fewer tiles than these, so few that most SMs
-  // would have none (gpt-oss-20b, 300 tokens of rank 64, w13: 51.8 -> 41.2 us).
-  const int64_t one_slot =
-      likely_moe_tiles(s.num_pairs, std::min(s.num_groups, s.num_experts)) * tile_ctas;
-  if (!small && moe_shrink_parts(s, one_slot) >= kMoeFewParts * parts) {
-    config.few_tiles = static_cast<int>(2 * s.sm_count / (kMoeFewParts * parts * tile_ctas));
-    config.few_features =
-        static_cast<int>(ceil_div(ceil_div(config.split_features, kMoeFewParts), 128) * 128);
+  // With one adapter there may be far fewer tiles than these, so few that most SMs would have none
+  // (gpt-oss-20b, 300 tokens of rank 64, w13: 51.3 -> 41.3 us). Two members only for many pairs, of
+  // which a CTA takes 128 rows, not 64, and not up to rank 16 for up to 32 rows, which have a deep
+  // ring (Qwen3-30B, 512 tokens, w13: rank 32 32.6 -> 29.3 us, rank 16 22.7 -> 24.6).
+  constexpr int kMostMembers = 4;
+  const int64_t one_slot = likely_moe_tiles(s.num_pairs, std::min(s.num_groups, s.num_experts));
+  const bool many = s.num_pairs > 16 * one_slot;
+  const int64_t rows = int64_t{s.matrices} * s.rows;
+  const int64_t few_ctas = many ? ceil_div(tile_ctas, 2) : tile_ctas;
+  const int ratio = moe_shrink_parts(s, one_slot * few_ctas) / parts;
+  const bool two = many && !(s.max_rank <= 16 && rows > 16 && rows <= 32);
+  config.members = 1;
+  if (!small && ratio >= (two ? 2 : kMostMembers)) {
+    config.members = std::min(ratio, kMostMembers);
+    config.few_tiles = static_cast<int>(2 * s.sm_count / (config.members * parts * few_ctas));
+    config.member_features =
+        static_cast<int>(ceil_div(ceil_div(config.split_features, config.members), 128) * 128);
   }
   // CTAs that come while the kernel before is at work crowd where that one has left. Where even
   // shares of them are a few on each SM, no SM may have more.

@@ -11,7 +11,7 @@
 //
 // How many tiles there are only the device knows: one adapter of 32 experts has an eighth of those
 // that eight adapters have. Where they may be so few that most SMs would have none, CTAs come in
-// clusters of four, which take four tiles, or share one and add up their sums.
+// clusters of two or four, which take a tile each, or share one and send each other their sums.
 #include "kernels/moe_shrink_many.cuh"
 
 namespace lora_ext::cuda {
@@ -72,10 +72,18 @@ __global__ void __launch_bounds__(kMoeThreads, kRowBlocks == 4 && !kWide ? 2 : 3
   using Traits = MoeShrinkTraits<kRowBlocks, kWide, kDeep>;
   extern __shared__ __align__(1024) unsigned char buffer[];
   __shared__ MoeShrinkShared shared;
+  [[maybe_unused]] __shared__ uint64_t arrived;
   const int thread = threadIdx.x;
   MoeShrinkWork work;
-  const int block = blockIdx.x / p.splits;
-  work.split = blockIdx.x % p.splits;
+  unsigned place = blockIdx.x;
+  [[maybe_unused]] int member = 0;
+#if __CUDA_ARCH__ >= 900
+  if constexpr (kTwoWays) {
+    place = device::cluster_id(), member = device::cluster_rank();
+  }
+#endif
+  const int block = place / p.splits;
+  work.split = place % p.splits;
   work.matrix = block / p.blocks_per_matrix;
   work.row0 = block % p.blocks_per_matrix * 16 * kRowBlocks;
   work.k_begin = work.split * p.split_features;
@@ -89,21 +97,18 @@ __global__ void __launch_bounds__(kMoeThreads, kRowBlocks == 4 && !kWide ? 2 : 3
   const int32_t* permutation = p.routing.permutation();
   int first = blockIdx.y, stride = gridDim.y;
   MoeTile tile = p.routing.tile(first);
-  const bool shares = kTwoWays && num_tiles <= p.few_tiles;
+  MoeShrinkShare share{kTwoWays && num_tiles <= p.few_tiles, &arrived, 0};
   if constexpr (kTwoWays) {
-    const int member = work.split % kMoeFewParts;  // of the cluster
-    work.split /= kMoeFewParts;
-    const int own_first = kMoeFewParts * first + member;
+    const int own_first = p.members * first + member;
     const MoeTile own_tile = p.routing.tile(own_first);
-    work.k_begin = work.split * p.split_features;
-    work.k_end = min(work.k_begin + p.split_features, p.in_features);
-    if (shares) {
-      work.k_begin = min(work.k_begin + member * p.few_features, work.k_end);
-      work.k_end = min(work.k_begin + p.few_features, work.k_end);
+    if (share.on) {
+      share.begin();
+      work.k_begin = min(work.k_begin + member * p.member_features, work.k_end);
+      work.k_end = min(work.k_begin + p.member_features, work.k_end);
     } else {
       tile = own_tile;
       first = own_first;
-      stride *= kMoeFewParts;
+      stride *= p.members;
     }
   }
   const bool cached = p.num_slots <= kCachedSlots;
@@ -145,17 +150,17 @@ __global__ void __launch_bounds__(kMoeThreads, kRowBlocks == 4 && !kWide ? 2 : 3
       __syncthreads();  // the tile's pairs
       if (work.count <= kMoeTilePairs / 2) {
         shrink_many<T, Traits::kManyBlocks, kMoeTilePairs / 2, Traits::kSharedBytes, kVector,
-                    kTwoWays>(p, work, a, matrix.row_stride, scale, shares, shared, buffer);
+                    kTwoWays>(p, work, a, matrix.row_stride, scale, share, shared, buffer);
       } else {
         shrink_many<T, Traits::kManyBlocks, kMoeTilePairs, Traits::kSharedBytes, kVector, kTwoWays>(
-            p, work, a, matrix.row_stride, scale, shares, shared, buffer);
+            p, work, a, matrix.row_stride, scale, share, shared, buffer);
       }
     } else if (work.count <= 8) {
       shrink_few<T, kRowBlocks, 1, Traits::kSharedBytes, kVector, kTwoWays>(
-          p, work, a, matrix.row_stride, scale, shares, shared, buffer);
+          p, work, a, matrix.row_stride, scale, share, shared, buffer);
     } else {
       shrink_few<T, kRowBlocks, 2, Traits::kSharedBytes, kVector, kTwoWays>(
-          p, work, a, matrix.row_stride, scale, shares, shared, buffer);
+          p, work, a, matrix.row_stride, scale, share, shared, buffer);
     }
   }
 }
@@ -172,13 +177,14 @@ cudaError_t launch(const MoeShrinkParams& params, LaunchShape shape, int most_bl
     shape.shared_bytes = std::max(shape.shared_bytes, std::min(bytes, kMaxSharedBytes));
   }
   if constexpr (kVector) {
-    if (params.few_tiles == 0) {
+    if (params.members == 1) {
       return launch_kernel(moe_shrink_kernel<T, kRowBlocks, kWide, true, kDeep, false>, shape,
                            stream, params);
     }
   }
-  return launch_kernel(moe_shrink_kernel<T, kRowBlocks, kWide, kVector, kDeep, true>, shape, stream,
-                       params);
+  // CTAs of up to 64 rows that share parts of K have no deep ring.
+  return launch_kernel(moe_shrink_kernel < T, kRowBlocks, kWide, kVector, kDeep && kWide, true >,
+                       shape, stream, params);
 }
 
 }  // namespace
@@ -210,11 +216,10 @@ cudaError_t moe_shrink(const MoeApplyParams& p, const MoeShrinkConfig& config) {
   params.max_rank = p.max_rank;
   params.xa_rank_stride = static_cast<int32_t>(at.rank_stride);
   params.num_slices = p.slices.count;
-  // The kernel that knows two ways has four CTAs for a part of K, and a quarter of the grid's rows.
-  const int members = config.few_tiles > 0 || !vector ? kMoeFewParts : 1;
-  params.splits = config.splits * members;
+  params.splits = config.splits;
+  params.members = config.members;
+  params.member_features = config.member_features;
   params.few_tiles = config.few_tiles;
-  params.few_features = config.few_features;
   params.split_features = config.split_features;
   params.blocks_per_matrix = config.blocks / num_matrices;
   params.prefetch_features = config.prefetch_features;
@@ -229,10 +234,10 @@ cudaError_t moe_shrink(const MoeApplyParams& p, const MoeShrinkConfig& config) {
   const int blocks = config.blocks * config.splits;
   const int64_t rows =
       moe_grid_tiles(p.num_pairs, moe_groups(p), blocks, device_properties().sm_count, most_per_sm);
-  shape.grid =
-      dim3(static_cast<unsigned>(blocks * members), static_cast<unsigned>(ceil_div(rows, members)));
+  shape.grid = dim3(static_cast<unsigned>(blocks * config.members),
+                    static_cast<unsigned>(ceil_div(rows, config.members)));
   shape.threads = kMoeThreads;
-  shape.cluster = config.few_tiles > 0 ? kMoeFewParts : 1;
+  shape.cluster = config.members;
   shape.dependent = true;
   shape.shared_percent = moe_shared_percent(config);
   // Two slices up to rank 16, whose expand is small enough to be beside two such CTAs; or more
@@ -240,7 +245,8 @@ cudaError_t moe_shrink(const MoeApplyParams& p, const MoeShrinkConfig& config) {
   // -> 45.6).
   const bool deep =
       p.num_pairs <= kThirdBlockPairs &&
-      (wide ? p.num_pairs >= kDeepPairs : p.max_rank <= 16 && config.prefetch_features == 0);
+      (wide ? p.num_pairs >= kDeepPairs
+            : p.max_rank <= 16 && config.prefetch_features == 0 && config.members == 1);
   return dispatch_half(p.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     if (!vector) {

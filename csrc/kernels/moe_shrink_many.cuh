@@ -16,8 +16,9 @@ namespace lora_ext::cuda {
 // could have read for it. Of up to kPairs pairs: the fewer have room, the more steps do.
 template <typename T, int kBlocks, int kPairs, int kBufferBytes, bool kVector, bool kTwoWays>
 __device__ __forceinline__ void shrink_many(const MoeShrinkParams& p, const MoeShrinkWork& work,
-                                            const T* a, int64_t a_stride, float scale, bool shares,
-                                            MoeShrinkShared& shared, unsigned char* buffer) {
+                                            const T* a, int64_t a_stride, float scale,
+                                            MoeShrinkShare& share, MoeShrinkShared& shared,
+                                            unsigned char* buffer) {
   constexpr int kPiece = 64;  // values of K, 128 bytes of a row, which the swizzle spans
   constexpr int kStageBytes = (16 * kBlocks + kPairs) * kPiece * 2;
   // Products read 64 rows of x, so behind the last stage there is as much as they go beyond it.
@@ -119,10 +120,13 @@ __device__ __forceinline__ void shrink_many(const MoeShrinkParams& p, const MoeS
   }
   device::wgmma_wait<0>();
   // sums[4 n + 2 h + e] is of pair 16 warp + 8 h + g, row 8 n + 2 q + e.
-  if (kTwoWays && shares) {
+  if (kTwoWays && share.on) {
     constexpr int kRows = 16 * kBlocks, kStride = kRows + 4;
-    static_assert(kMoeTilePairs * kStride * 4 <= kBufferBytes);
+    constexpr int kTurn = 4 * kMoeThreads, kItems = kMoeTilePairs * kRows / 4;
+    static_assert(kMoeTilePairs * kStride * 4 + (kItems + kTurn - 1) / kTurn * kTurn * 16 <=
+                  kBufferBytes);  // its sums and those that come
     float* const own = reinterpret_cast<float*>(buffer);
+    share.ring_is_free<kTwoWays>();
     __syncthreads();  // the buffer is for the sums now
 #pragma unroll
     for (int n = 0; n < 2 * kBlocks; ++n) {
@@ -132,9 +136,9 @@ __device__ __forceinline__ void shrink_many(const MoeShrinkParams& p, const MoeS
             make_float2(sums[4 * n + 2 * h], sums[4 * n + 2 * h + 1]);
       }
     }
-    meet<kTwoWays>(shares);
-    store_sums<1, kMoeTilePairs, kRows, kTwoWays>(p, work, shared, own, shares);
-    meet<kTwoWays>(shares);
+    __syncthreads();
+    finish_sums<1, kMoeTilePairs, kRows, kTwoWays>(p, work, shared, own, share);
+    __syncthreads();
     return;
   }
   const bool even = !p.packed || work.rank % 2 == 0;

@@ -26,9 +26,9 @@ struct alignas(64) MoeShrinkParams {
   int64_t x_stride, xa_row_stride, xa_plane;
   int32_t x_divisor, num_slots, num_experts, num_pairs, in_features, max_rank;
   int32_t xa_rank_stride, num_slices, splits, split_features, blocks_per_matrix, prefetch_features;
-  int32_t few_tiles, few_features;  // up to so many tiles a cluster shares a part of K
   bool packed, float_weights;
-  MoeShrinkMatrix matrices[kMaxSlices];  // one where A is packed
+  MoeShrinkMatrix matrices[kMaxSlices];         // one where A is packed
+  int32_t members, member_features, few_tiles;  // see MoeShrinkConfig; read where CTAs share
 };
 
 struct MoeShrinkShared {
@@ -57,79 +57,119 @@ struct MoeShrinkWork {
   int k_begin, k_end, split;
 };
 
-// Waits for the CTA's threads, or, where CTAs share a part of K, for those of the cluster.
-template <bool kTwoWays>
-__device__ __forceinline__ void meet(bool shares) {
+// How the CTAs of a cluster share a part of K: they send each other their sums.
+struct MoeShrinkShare {
+  bool on;
+  uint64_t* arrived;  // turns over when all sums that are for this CTA have come
+  uint32_t parity;
+
+  // Before the first ring_is_free(), behind which the others send.
+  __device__ __forceinline__ void begin() const {
+    if (threadIdx.x == 0) {
+      device::barrier_init(arrived, 1);
 #if __CUDA_ARCH__ >= 900
-  if (kTwoWays && shares) {
-    device::cluster_arrive();
-    device::cluster_wait();
+      device::barrier_init_fence();
+#endif
+    }
+  }
+  // Of all threads, where the CTA has no more use for its ring, since sums go to where it was.
+  template <bool kTwoWays>
+  __device__ __forceinline__ void ring_is_free() const {
+#if __CUDA_ARCH__ >= 900
+    if (kTwoWays && on) {
+      device::cluster_arrive_relaxed();
+    }
+#endif
+  }
+};
+
+// Scales and stores the sums of a pair for four rows.
+__device__ __forceinline__ void store_rows(const MoeShrinkParams& p, const MoeShrinkWork& work,
+                                           int pair, int row, float scale, float4 sum) {
+  sum = make_float4(sum.x * scale, sum.y * scale, sum.z * scale, sum.w * scale);
+  float* to = p.xa + work.split * p.xa_plane + pair * p.xa_row_stride;
+  if (!p.packed) {  // what lies behind the rank is never used
+    *reinterpret_cast<float4*>(to + work.matrix * p.xa_rank_stride + row) = sum;
+  } else if (work.rank % 4 == 0) {
+    const int slice = row / work.rank;
+    *reinterpret_cast<float4*>(to + slice * p.xa_rank_stride + row - slice * work.rank) = sum;
+  } else {
+    const float values[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int slice = (row + e) / work.rank;
+      if (row + e < work.rows) {
+        to[slice * p.xa_rank_stride + row + e - slice * work.rank] = values[e];
+      }
+    }
+  }
+}
+
+// Adds up what kWarps warps have at `sums` in shared memory, [warp][pair][row], and the other CTAs
+// that share the part of K, scales it, and stores it. Four rows of a pair are an item; of those
+// each CTA finishes kMoeThreads at a time in turn.
+template <int kWarps, int kPairs, int kRows, bool kTwoWays>
+__device__ __forceinline__ void finish_sums(const MoeShrinkParams& p, const MoeShrinkWork& work,
+                                            const MoeShrinkShared& shared, float* sums,
+                                            MoeShrinkShare& share) {
+  constexpr int kStride = kRows + 4, kWarpSums = (kWarps == 1 ? kPairs : 16) * kStride;
+  constexpr int kQuads = kRows / 4;
+  const int thread = threadIdx.x;
+  const auto add = [](float4& sum, const float* from) {
+    const float4 part = *reinterpret_cast<const float4*>(from);
+    sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+  };
+  const auto sum_of = [&](int item) {
+    const float* from = sums + item / kQuads * kStride + item % kQuads * 4;
+    float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      add(sum, from + w * kWarpSums);
+    }
+    return sum;
+  };
+#if __CUDA_ARCH__ >= 900
+  if (kTwoWays && share.on) {
+    const int items = work.count * kQuads, turn = kMoeThreads * p.members;
+    const int room = (kPairs * kQuads + turn - 1) / turn * kMoeThreads;  // for a CTA's sums
+    const int rank = device::cluster_rank();
+    float* const incoming = sums + kWarps * kWarpSums + thread * 4;  // [CTA][item]
+    if (thread == 0) {
+      const int rest = min(max(items % turn - rank * kMoeThreads, 0), kMoeThreads);
+      device::barrier_arrive_expecting(share.arrived,
+                                       (items / turn * kMoeThreads + rest) * p.members * 16);
+    }
+    device::cluster_wait();  // no CTA needs its ring
+    float* to = incoming + rank * room * 4;
+    for (int item = thread, owner = 0; item < items; item += kMoeThreads) {
+      device::store_peer_async(device::peer_address(to, owner), sum_of(item),
+                               device::peer_address(share.arrived, owner));
+      if (++owner == p.members) {
+        owner = 0, to += 4 * kMoeThreads;
+      }
+    }
+    device::barrier_wait(share.arrived, share.parity);
+    share.parity ^= 1;
+    const float* from = incoming;
+    for (int item = rank * kMoeThreads + thread; item < items; item += turn) {
+      const int pair = shared.pairs[item / kQuads], row = work.row0 + item % kQuads * 4;
+      if (pair >= 0 && row < work.rows) {
+        float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 2
+        for (int member = 0; member < p.members; ++member) {
+          add(sum, from + member * room * 4);
+        }
+        store_rows(p, work, pair, row, shared.scales[item / kQuads], sum);
+      }
+      from += 4 * kMoeThreads;
+    }
     return;
   }
 #endif
-  __syncthreads();
-}
-
-// Adds up what kWarps warps, and the CTAs that share a part of K, have at `sums` in shared memory,
-// [warp][pair][row], scales it, and stores it; each of those CTAs does a part.
-template <int kWarps, int kPairs, int kRows, bool kTwoWays>
-__device__ __forceinline__ void store_sums(const MoeShrinkParams& p, const MoeShrinkWork& work,
-                                           const MoeShrinkShared& shared, const float* sums,
-                                           bool shares) {
-  constexpr int kStride = kRows + 4, kWarpSums = 16 * kStride, kQuads = kRows / 4;
-  int first = threadIdx.x, step = kMoeThreads;
-#if __CUDA_ARCH__ >= 900
-  if (kTwoWays && shares) {
-    first += device::cluster_rank() * kMoeThreads, step *= kMoeFewParts;
-  }
-#endif
-  float* out = p.xa + work.split * p.xa_plane;
-  for (int i = first; i < kPairs * kQuads; i += step) {
-    const int token = i / kQuads, row = work.row0 + i % kQuads * 4;
-    const int pair = shared.pairs[token];
-    if (pair < 0 || row >= work.rows) {
-      continue;
-    }
-    const float* from = sums + token * kStride + i % kQuads * 4;
-    float4 sum = make_float4(0, 0, 0, 0);
-    const auto add = [&](const float4& part) {
-      sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
-    };
-#if __CUDA_ARCH__ >= 900
-    if (kTwoWays && shares) {
-#pragma unroll
-      for (int member = 0; member < kMoeFewParts; ++member) {
-        const uint32_t peer = device::peer_address(from, member);
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w) {
-          add(device::load_peer(peer + 4 * w * kWarpSums));
-        }
-      }
-    } else
-#endif
-    {
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        add(*reinterpret_cast<const float4*>(from + w * kWarpSums));
-      }
-    }
-    const float scale = shared.scales[token];
-    sum = make_float4(sum.x * scale, sum.y * scale, sum.z * scale, sum.w * scale);
-    float* to = out + pair * p.xa_row_stride;
-    if (!p.packed) {  // what lies behind the rank is never used
-      *reinterpret_cast<float4*>(to + work.matrix * p.xa_rank_stride + row) = sum;
-    } else if (work.rank % 4 == 0) {
-      const int slice = row / work.rank;
-      *reinterpret_cast<float4*>(to + slice * p.xa_rank_stride + row - slice * work.rank) = sum;
-    } else {
-      const float values[4] = {sum.x, sum.y, sum.z, sum.w};
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int slice = (row + e) / work.rank;
-        if (row + e < work.rows) {
-          to[slice * p.xa_rank_stride + row + e - slice * work.rank] = values[e];
-        }
-      }
+  for (int item = thread; item < kPairs * kQuads; item += kMoeThreads) {
+    const int pair = shared.pairs[item / kQuads], row = work.row0 + item % kQuads * 4;
+    if (pair >= 0 && row < work.rows) {
+      store_rows(p, work, pair, row, shared.scales[item / kQuads], sum_of(item));
     }
   }
 }
@@ -140,8 +180,9 @@ __device__ __forceinline__ void store_sums(const MoeShrinkParams& p, const MoeSh
 // pair threadIdx.x, may still be on its way.
 template <typename T, int kRowBlocks, int kBlocks, int kBufferBytes, bool kVector, bool kTwoWays>
 __device__ __forceinline__ void shrink_few(const MoeShrinkParams& p, const MoeShrinkWork& work,
-                                           const T* a, int64_t a_stride, float scale, bool shares,
-                                           MoeShrinkShared& shared, unsigned char* buffer) {
+                                           const T* a, int64_t a_stride, float scale,
+                                           MoeShrinkShare& share, MoeShrinkShared& shared,
+                                           unsigned char* buffer) {
   using Traits = MoeShrinkTraits<kRowBlocks, false>;
   constexpr int kWeights = 2 * kRowBlocks, kChunks = kWeights + kBlocks;  // of a lane in a step
   constexpr int kSlotBytes = kMoeThreads * 16, kStageBytes = kChunks * kSlotBytes;
@@ -238,6 +279,7 @@ __device__ __forceinline__ void shrink_few(const MoeShrinkParams& p, const MoeSh
     use_at += kStageBytes;
     use_at = use_at < kStages * kStageBytes ? use_at : 0;
   }
+  share.ring_is_free<kTwoWays>();
   __syncthreads();  // the buffer is for the sums now
   auto* partial = reinterpret_cast<typename Traits::Sums*>(buffer);
 
@@ -251,10 +293,10 @@ __device__ __forceinline__ void shrink_few(const MoeShrinkParams& p, const MoeSh
       }
     }
   }
-  meet<kTwoWays>(shares);
-  store_sums<kMoeWarps, 8 * kBlocks, Traits::kRows, kTwoWays>(p, work, shared, &partial[0][0][0],
-                                                              shares);
-  meet<kTwoWays>(shares);
+  __syncthreads();
+  finish_sums<kMoeWarps, 8 * kBlocks, Traits::kRows, kTwoWays>(p, work, shared, &partial[0][0][0],
+                                                               share);
+  __syncthreads();
 }
 
 }  // namespace lora_ext::cuda

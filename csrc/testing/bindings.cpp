@@ -258,19 +258,20 @@ void bind_moe(py::module_& m) {
       .def_readonly("blocks", &MoeShrinkConfig::blocks)
       .def_readonly("splits", &MoeShrinkConfig::splits)
       .def_readonly("split_features", &MoeShrinkConfig::split_features)
+      .def_readonly("members", &MoeShrinkConfig::members)
+      .def_readonly("member_features", &MoeShrinkConfig::member_features)
       .def_readonly("few_tiles", &MoeShrinkConfig::few_tiles)
-      .def_readonly("few_features", &MoeShrinkConfig::few_features)
       .def_readonly("prefetch_features", &MoeShrinkConfig::prefetch_features)
       .def_readonly("most_blocks_per_sm", &MoeShrinkConfig::most_blocks_per_sm);
   m.def(
       "moe_shrink_config",
       [](int64_t num_pairs, int64_t num_groups, int64_t num_experts, int64_t in_features,
-         int matrices, int rows, bool vector, int sm_count) {
-        return moe_shrink_config(
-            {num_pairs, num_groups, num_experts, in_features, matrices, rows, vector, sm_count});
+         int matrices, int rows, int max_rank, bool vector, int sm_count) {
+        return moe_shrink_config({num_pairs, num_groups, num_experts, in_features, matrices, rows,
+                                  max_rank, vector, sm_count});
       },
       py::kw_only(), "num_pairs"_a, "num_groups"_a, "num_experts"_a, "in_features"_a, "matrices"_a,
-      "rows"_a, "vector"_a, "sm_count"_a);
+      "rows"_a, "max_rank"_a, "vector"_a, "sm_count"_a);
 }
 
 }  // namespace
