@@ -220,7 +220,7 @@ def test_shared_outer(device, shared, expanded):
             check_apply(y, x, module, batch, layout, expanded)
 
 
-# Up to 32 pairs and rank 16 one kernel does both products.
+# Up to 40 pairs and rank 16 one kernel does both products.
 @pytest.mark.parametrize("in_features", [1, 7, 40, 129, 776, 2048, 4096])
 @pytest.mark.parametrize("ranks", [[16, 3, 0], [8, 5]], ids=str)
 @pytest.mark.parametrize("dtype", HALVES_AND_FP32)

@@ -133,17 +133,18 @@ inline MoeJointConfig moe_joint_config(const int64_t* columns, int num_slices, b
   return config;
 }
 
-// Whether it is taken: for few pairs, where its CTAs are no more than two on an SM and what their
-// clusters read of A, 16 rows each, is no more than 4 MB, for most of it is the same and comes
-// slowly; and where K has room in shared memory (Qwen3-30B, one token: w13 3.4 -> 2.9 us,
-// w2 3.9 -> 2.6; gpt-oss-20b 3.9 -> 2.8, 4.0 -> 2.8).
+// Whether it is taken: for few pairs, where its CTAs are no more than five on two SMs and what
+// their clusters read of A, 16 rows each, is no more than 4 MB, for most of it is the same and
+// comes slowly; and where K has room in shared memory (Qwen3-30B, one token: w13 3.4 -> 2.9 us,
+// w2 3.9
+// -> 2.6; gpt-oss-20b 3.9 -> 2.8, 4.0 -> 2.8).
 inline bool moe_is_joint(int64_t num_pairs, int64_t num_groups, int64_t in_features, int max_rank,
                          const MoeJointConfig& config, int sm_count) {
-  constexpr int64_t kMostPairs = 32, kMostBytes = 4 << 20, kMostFeatures = 4096;
+  constexpr int64_t kMostPairs = 40, kMostBytes = 4 << 20, kMostFeatures = 4096;
   constexpr int kRows = 16;
   const int64_t blocks = likely_moe_tiles(num_pairs, num_groups) * config.blocks;
   return num_pairs <= kMostPairs && max_rank <= kRows &&
-         in_features <= kMostFeatures * config.cluster && blocks <= 2 * int64_t{sm_count} &&
+         in_features <= kMostFeatures * config.cluster && 2 * blocks <= 5 * int64_t{sm_count} &&
          blocks / config.cluster * kRows * in_features * 2 <= kMostBytes;
 }
 

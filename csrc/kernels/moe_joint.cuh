@@ -193,7 +193,9 @@ __global__ void __launch_bounds__(kMoeThreads)
       for (int step = 0; step < steps; ++step) {
         const int k = k_lane + step * Traits::kStepFeatures;
         copy(own_a + 2 * step * kSlotBytes, a, k, g < rank);
-        copy(own_a + (2 * step + 1) * kSlotBytes, a + 8 * s.a_row_stride, k, g + 8 < rank);
+        if (rank > 8) {
+          copy(own_a + (2 * step + 1) * kSlotBytes, a + 8 * s.a_row_stride, k, g + 8 < rank);
+        }
       }
     }
     {
@@ -260,9 +262,11 @@ __global__ void __launch_bounds__(kMoeThreads)
       float acc[2][4] = {};
 #pragma unroll 2
       for (int step = 0; step < steps; ++step) {
-        device::Chunk<T, 8> upper, lower, x;
+        device::Chunk<T, 8> upper, lower{}, x;
         read_chunk(upper, own_a + 2 * step * kSlotBytes);
-        read_chunk(lower, own_a + (2 * step + 1) * kSlotBytes);
+        if (rank > 8) {
+          read_chunk(lower, own_a + (2 * step + 1) * kSlotBytes);
+        }
         read_chunk(x, own_x + step * kSlotBytes);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
