@@ -283,6 +283,12 @@ def test_the_shrink_by_wgmma_fills_an_h200(
     assert (config.rows, config.cluster, config.kilobytes) == expected
 
 
+def test_a_pool_of_many_slots_makes_few_clusters_without_a_tile() -> None:
+    shape = {"num_tokens": 512, "sm_count": 132}
+    clusters = [testing.shrink_clusters(num_slots=slots, **shape) for slots in (1, 4, 64, 1000)]
+    assert clusters == [9, 12, 32, 32]
+
+
 def test_the_shrink_by_wgmma_reads_x_once_where_clusters_of_16_have_room() -> None:
     shape = {"num_slots": 16, "in_features": 28672, "rows": 128, "sm_count": 132}
     config = testing.shrink_wgmma_config(num_tokens=304, **shape)

@@ -9,6 +9,8 @@
 // batch of any number of tiles is one wave.
 #pragma once
 
+#include <type_traits>
+
 #include "common/ptx.cuh"
 #include "common/vec.cuh"
 #include "common/wgmma.cuh"
@@ -184,42 +186,61 @@ __device__ __forceinline__ void copy_piece(const ShrinkWork& work, const ShrinkM
   }
   const int bytes = (x_rows + piece.columns) * kBoxK * 2;
   int k = piece.first_k;
+  const int chunk = lane % 8;
+  uint32_t chunks[kWideTileTokens / 4], exists = 0;
+  // The code of either case on its own: what comes first waits for every line of it from memory.
+  const auto copy_steps = [&](auto neighbours) {
+    constexpr bool kNeighbours = decltype(neighbours)::value;
 #pragma unroll 1
-  for (int step = 0; step < piece.steps; ++step) {
-    device::barrier_wait(ring.empty(), ring.turn ^ 1);
-    unsigned char* to = ring.data();
-    if (!piece.neighbours) {  // eight lanes a row
-      const int chunk = lane % 8, at_k = k + 8 * chunk;
+    for (int step = 0; step < piece.steps; ++step) {
+      device::barrier_wait(ring.empty(), ring.turn ^ 1);
+      unsigned char* to = ring.data();
+      if constexpr (!kNeighbours) {
+        const auto* from = reinterpret_cast<const uint4*>(static_cast<const T*>(p.x) + k);
+        const int inside = k + 8 * chunk < p.in_features ? 16 : 0;  // 0 reads none, writes zeros
 #pragma unroll
-      for (int i = 0; i < kWideTileTokens / 4; ++i) {
-        const int row = 4 * i + lane / 8;
-        const int row_id = __shfl_sync(0xffffffffu, piece.id[i / 8], row % 32);
-        if (row_id >= 0) {
-          device::copy_async_16(to + (row * 8 + (chunk ^ row % 8)) * 16,
-                                static_cast<const T*>(p.x) + row_id * p.x_stride + at_k,
-                                at_k < p.in_features ? 16 : 0);  // 0 reads nothing and writes zeros
+        for (int i = 0; i < kWideTileTokens / 4; ++i) {
+          const int row = 4 * i + lane / 8;
+          asm volatile("" : "+r"(chunks[i]));  // else all pointers stay in registers, twice as many
+          if (exists >> i & 1) {
+            device::copy_async_16(to + (row * 8 + (chunk ^ row % 8)) * 16, from + chunks[i],
+                                  inside);
+          }
         }
+        device::barrier_expect_copies(ring.full());
+        __syncwarp();  // before the arrival that the barrier knows of
       }
-      device::barrier_expect_copies(ring.full());
-      __syncwarp();  // before the arrival that the barrier knows of
+      if (lane == 0) {
+        device::barrier_arrive_expecting(ring.full(), bytes);
+      }
+      __syncwarp();
+      if (kNeighbours && lane == 0) {
+        device::copy_box(to, x_map, k, piece.id[0], ring.full());
+      }
+      if (lane < a_boxes) {
+        device::copy_box(to + (kBoxRowsX + lane * box_rows) * 128, a_map, k, a_row, tile.slot,
+                         ring.full());
+      }
+      if (step == 0) {
+        device::grid_dependency_launch();  // whose first copies come behind these
+      }
+      k += kBoxK;
+      ring.advance();
     }
-    if (lane == 0) {
-      device::barrier_arrive_expecting(ring.full(), bytes);
-    }
-    __syncwarp();
-    if (lane == 0 && piece.neighbours) {
-      device::copy_box(to, x_map, k, piece.id[0], ring.full());
-    }
-    if (lane < a_boxes) {
-      device::copy_box(to + (kBoxRowsX + lane * box_rows) * 128, a_map, k, a_row, tile.slot,
-                       ring.full());
-    }
-    if (step == 0) {
-      device::grid_dependency_launch();  // whose first copies come behind these
-    }
-    k += kBoxK;
-    ring.advance();
+  };
+  if (piece.neighbours) {
+    copy_steps(std::true_type{});
+    return;
   }
+  // Eight lanes copy a token's row, each lane chunks of sixteen rows. Where those lie, counted in
+  // chunks, is found out once, for one warp issues all copies.
+#pragma unroll
+  for (int i = 0; i < kWideTileTokens / 4; ++i) {
+    const int id = __shfl_sync(0xffffffffu, piece.id[i / 8], (4 * i + lane / 8) % 32);
+    exists |= id >= 0 ? 1u << i : 0;
+    chunks[i] = static_cast<uint32_t>(max(id, 0) * (p.x_stride / 8)) + chunk;
+  }
+  copy_steps(std::false_type{});
 }
 
 // sums[4 n + 2 h + e] is token 16 warp + 8 h + g, column 8 n + 2 q + e.
