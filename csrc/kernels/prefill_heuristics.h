@@ -187,9 +187,9 @@ inline int64_t expand_walks(int64_t num_tokens, int64_t row_steps, int64_t resid
   return items > 12 * resident ? 2 * resident : resident;
 }
 
-// Where the two kernels of decode_wide.cuh serve more than 256 tokens better, whose expand has a
-// CTA for each block of y, with B and y at hand when xa comes: as long as those are a wave and a
-// third at most, and units of the shrink, tiles by 64 rows of A, find a cluster each. Up to as many
+// Where the two kernels of decode_wide.cuh serve more than 256 tokens better, whose expand has B
+// and y of its first blocks at hand when xa comes: as long as all blocks are a wave and a third of
+// CTAs at most, and units of the shrink, tiles by 64 rows of A, find a cluster each. Up to as many
 // values of K as make no more steps than its ring holds (K 2,048, 512 tokens of rank 64: 8.2 -> 7.3
 // us, 304 of six segments of rank 32: 9.0 -> 8.2); of more, above rank 32, while there are two
 // clusters for each unit, and x is little (K 4,096, 304 tokens of rank 64: 9.4 -> 7.8 us, but
