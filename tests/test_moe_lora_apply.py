@@ -220,6 +220,18 @@ def test_shared_outer(device, shared, expanded):
             check_apply(y, x, module, batch, layout, expanded)
 
 
+def check_every_place(y, x, module, batch):
+    """Right, and the same bits in every layout and where rows allow no wide accesses."""
+    first, again = y.clone(), misaligned(y)
+    check_apply(first, x, module, batch)
+    apply_(again, misaligned(x), module, module.weights(place=misaligned), batch)
+    assert_same_bits(again, first)
+    for layout in LAYOUTS:
+        again = y.clone()
+        apply_(again, x, module, module.weights(layout), batch)
+        assert_same_bits(again, first)
+
+
 # Up to 40 pairs and rank 16 one kernel does both products.
 @pytest.mark.parametrize("in_features", [1, 7, 40, 129, 776, 2048, 4096])
 @pytest.mark.parametrize("ranks", [[16, 3, 0], [8, 5]], ids=str)
@@ -229,15 +241,7 @@ def test_few_pairs_of_low_ranks(device, dtype, ranks, in_features):
     for num_tokens, num_experts, per_pair in ((1, 8, True), (16, 2, False), (16, 2, True)):
         module = make_moe(ranks, num_experts, in_features, [296, 40], dtype, device)
         batch = random_batch(num_tokens, 2, module, device, gen)
-        y, x = tensors(module, batch, per_pair, gen)
-        first, again = y.clone(), misaligned(y)
-        check_apply(first, x, module, batch)
-        apply_(again, misaligned(x), module, module.weights(place=misaligned), batch)
-        assert_same_bits(again, first)
-        for layout in LAYOUTS:
-            again = y.clone()
-            apply_(again, x, module, module.weights(layout), batch)
-            assert_same_bits(again, first)
+        check_every_place(*tensors(module, batch, per_pair, gen), module, batch)
         check_apply(*tensors(module, batch, per_pair, gen, torch.float32), module, batch)
 
 
@@ -277,15 +281,7 @@ def test_one_adapter_of_few_experts(device, dtype, num_tokens):
     one_slots = [[slot] * num_tokens for slot in (0, 1)]
     for slots in (*one_slots, torch.randint(8, (num_tokens,), generator=gen).tolist()):
         batch = route(ids, slots, module, device)
-        y, x = tensors(module, batch, False, gen)
-        first, again = y.clone(), misaligned(y)
-        check_apply(first, x, module, batch)
-        apply_(again, misaligned(x), module, module.weights(place=misaligned), batch)
-        assert_same_bits(again, first)
-        for layout in LAYOUTS:
-            again = y.clone()
-            apply_(again, x, module, module.weights(layout), batch)
-            assert_same_bits(again, first)
+        check_every_place(*tensors(module, batch, False, gen), module, batch)
 
 
 def test_y_with_three_dimensions_and_strided_rows(device):
