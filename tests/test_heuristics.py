@@ -182,7 +182,7 @@ def test_clusters_serve_every_unit_of_wide_tiles(**shape: int) -> None:
     before = split.cut(0)
     for tiles in range(1, capacity + 1):
         group, parts = split.cut(tiles)
-        assert split.cluster % group == 0 and parts >= 1
+        assert split.cluster % group == 0 and 1 <= parts <= 2  # which the expand adds up
         assert group * parts <= before[0] * before[1]  # more tiles, fewer CTAs for each
         before = group, parts
         groups = split.num_clusters * (split.cluster // group)
@@ -320,6 +320,8 @@ def test_a_short_k_is_cut_finer_where_ctas_have_a_multiprocessor_each() -> None:
         (304, 4096, 6144, 3, 64, False),
         (304, 28672, 8192, 1, 64, False),  # x is much
         (512, 2048, 2048, 1, 64, True),  # all of a CTA's share of K in its ring
+        (832, 2048, 2048, 1, 64, True),
+        (896, 2048, 2048, 1, 64, False),  # more units than clusters
         (304, 2880, 6144, 3, 32, True),
         (304, 2880, 6144, 3, 16, False),
         (256, 2048, 2048, 1, 64, False),  # decode_is_wide says

@@ -277,10 +277,9 @@ inline bool decode_is_wide(const ApplyShape& s) {
 // four and K is long (`down`, rank 64, T128 shared: 8.4 -> 8.0 us, T256 zipf 19.0 -> 15.5). A CTA
 // has at least four steps of 64 values of K, and no more than two clusters share them, since the
 // expand adds their parts up (70b `down`, rank 128, T50 shared: 11.8 -> 10.7; `down`, rank 64, T128
-// 8.1 -> 7.9). Units, or parts of them, take a multiprocessor for
-// each CTA, so that the expand is resident beside them; only with more units two (qkv, rank 64,
-// T128 of eight slots: 14.8 -> 12.9), since CTAs without a unit come late and hold the expand up
-// (T32 shared: 5.1 -> 5.9).
+// 8.1 -> 7.9). Units, or parts of them, take a multiprocessor for each CTA, so that the expand is
+// resident beside them; only with more units two (qkv, rank 64, T128 of eight slots: 14.8 -> 12.9),
+// since CTAs without a unit come late and hold the expand up (T32 shared: 5.1 -> 5.9).
 inline WideSplit wide_split(const ApplyShape& s) {
   constexpr int64_t kSteps = 4 * 64, kMostParts = 2;
   const int64_t rows = s.num_slices * ceil_div(s.max_rank, 16) * 16;
