@@ -1,5 +1,5 @@
 // lora_apply_: the decode kernels for few tokens, those of wide tiles where their slots may have
-// many, else the wide shrink and expand.
+// many or a prefill is little work, else the wide shrink and expand.
 #include "kernels/decode_batch.cuh"
 #include "kernels/decode_expand.cuh"
 #include "kernels/decode_expand_stream.cuh"

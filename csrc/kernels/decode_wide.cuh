@@ -1,6 +1,6 @@
 // The apply of up to 256 tokens where a slot may have many and its weights are large: tiles of up
 // to 64 tokens, so that weights are read once for as many, and not for each 16 as in
-// decode_shrink.cuh.
+// decode_shrink.cuh. Somewhat more tokens of little work take it, too.
 //
 // Two kernels, chained by programmatic dependent launch. The shrink shares a tile's K among the
 // CTAs of a cluster, whose sums meet in distributed shared memory; where tiles are few, K is cut
