@@ -19,7 +19,7 @@ __device__ __forceinline__ void find_entries(const DecodeBatch& p, typename Trai
     shared.entry[i].groups = 0;
   }
   if (thread == 0) {
-    shared.owns = 0;
+    shared.num_own_tokens = 0;
   }
   // Lane i of the first warp has tile i; those that are more belong to a plan for more tokens.
   static_assert(Traits::kTokens <= 32);
@@ -62,11 +62,12 @@ __device__ __forceinline__ void find_entries(const DecodeBatch& p, typename Trai
       tokens[e] = is_own ? tokens[e] : -1;
       count += is_own ? 1 : 0;
     }
-    int to = count > 0 ? atomicAdd(&shared.owns, count) : 0;  // in any order: sums are a token's
+    // In any order: a token's sums are its own.
+    int to = count > 0 ? atomicAdd(&shared.num_own_tokens, count) : 0;
 #pragma unroll
     for (int e = 0; e < kTokensAtOnce; ++e) {
       if (tokens[e] >= 0) {
-        shared.own[to++] = {tokens[e], thread, place + e, at};
+        shared.own_tokens[to++] = {tokens[e], thread, place + e, at};
         shared.token_entry[tokens[e]] = at;
         atomicOr(&shared.entry[at].groups, 1u << tokens[e] / 8);
       }
@@ -81,8 +82,8 @@ template <typename T, typename Traits>
 __device__ __forceinline__ void add_up_slice(const DecodeBatch& p, typename Traits::Shared& shared,
                                              int slice, int parts_of_tile, int thread) {
   constexpr int kAtOnce = 3;  // values of a thread
-  const int xa_stride = Traits::xa_stride(p.max_rank), owns = shared.owns;
-  const int ranks = (p.max_rank + 15) / 16 * 16, values = owns * ranks;
+  const int xa_stride = Traits::xa_stride(p.max_rank), tokens = shared.num_own_tokens;
+  const int ranks = (p.max_rank + 15) / 16 * 16, values = tokens * ranks;
 #pragma unroll 1
   for (int i = thread; i < values; i += kAtOnce * kLinearHelpers) {
     const float* from[kAtOnce];
@@ -91,8 +92,8 @@ __device__ __forceinline__ void add_up_slice(const DecodeBatch& p, typename Trai
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
       const int at = i + u * kLinearHelpers;
-      rank[u] = small_quotient(at, owns);
-      const auto item = shared.own[at - rank[u] * owns];
+      rank[u] = small_quotient(at, tokens);
+      const auto item = shared.own_tokens[at - rank[u] * tokens];
       const int rank_of_slot = shared.entry[item.entry].rank;
       const TileShares shares = tile_shares(p, rank_of_slot, parts_of_tile);
       from[u] = partial_products(p, item.tile, parts_of_tile) +

@@ -62,10 +62,10 @@ struct LinearWgmmaTraits {
     int entries;
     alignas(8) int token_entry[kTokens];  // -1: no adapter
     // The CTA's own tokens that have an adapter, those of a tile of the plan one behind the other.
-    struct Own {
+    struct OwnToken {
       int token, tile, place, entry;  // place: in the tile
-    } own[kTokens];
-    int owns;
+    } own_tokens[kTokens];
+    int num_own_tokens;
     alignas(16) float xa[4];  // [token][ranks], then the others' sums, [CTA][own group][thread][4]
   };
   // In whole steps of 16, and two tokens' rows in different banks.
