@@ -1,0 +1,217 @@
+// The copying side of shrink_wgmma.cuh: how its work is cut, the ring of stages, and the warp that
+// fills it with x and A.
+#pragma once
+
+#include <type_traits>
+
+#include "common/ptx.cuh"
+#include "kernels/prefill_heuristics.h"
+#include "kernels/tensor_map.h"
+
+namespace lora_ext::cuda {
+
+constexpr int kWarpgroup = 128;                 // threads that multiply
+constexpr int kWgmmaThreads = kWarpgroup + 32;  // and a warp that copies
+
+// x as [T, K] and A as [L, rows of a slot, K], for copies of boxes. Of x: of a whole tile, of half
+// of one, of a quarter. Of A: of kBoxRowsA rows, for slots of any rank, and of more (ShrinkWork),
+// for those of the highest.
+constexpr int kBoxesOfX = 3;
+struct ShrinkMaps {
+  CUtensorMap x[kBoxesOfX], a[kMaxSlices], large_a[kMaxSlices];
+};
+
+// How the work is cut. Beside the other parameters, before the maps: what a CTA needs first is
+// brought to the constant cache together.
+struct ShrinkWork {
+  ShrinkParams p;
+  int large_rows;    // of the larger boxes of A
+  int cluster;       // CTAs of each
+  int num_clusters;  // in the grid
+  int places;        // for CTAs of clusters at once
+};
+constexpr int kBoxK = kBoxColumns;
+constexpr int kBoxRowsX = kWideTileTokens, kBoxRowsA = 16;
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr int kWgmmaBound = kWgmmaThreads;
+#else
+constexpr int kWgmmaBound = 32;  // tells the launcher that the kernel is empty here
+#endif
+
+// kRows: columns of xa (rows of A) that a CTA computes. kKilobytes: for its stages.
+template <int kRows_, int kKilobytes>
+struct WgmmaTraits {
+  static constexpr int kRows = kRows_, kBlocks = kKilobytes <= kShrinkHalf ? 2 : 1;
+  static constexpr int kStageBytes = (kWideTileTokens + kRows) * kBoxK * 2;
+  static constexpr int kStages = kKilobytes * 1024 / kStageBytes;
+  static constexpr int kSumStride = kRows + 8;  // floats between tokens of the sums
+  static constexpr int kBarriersAt = kStages * kStageBytes;
+  static constexpr int kAlignment = 1024;  // of a stage, for the swizzle
+  static constexpr int kSharedBytes = kBarriersAt + 8 * (2 * kStages + 1) + kAlignment;
+  static_assert(kWideTileTokens * kSumStride * 4 <= kBarriersAt);
+};
+
+// A place in the ring of stages, with the barriers in shared memory.
+template <typename Traits>
+struct StageRing {
+  unsigned char* shared;
+  int stage = 0;
+  uint32_t turn = 0;  // times that the ring has been passed, mod 2
+
+  __device__ __forceinline__ explicit StageRing(unsigned char* shared_) : shared(shared_) {}
+  // All copies of a step are there; all products of a step are done; all members' sums are there.
+  __device__ __forceinline__ uint64_t* full() const {
+    return reinterpret_cast<uint64_t*>(shared + Traits::kBarriersAt) + stage;
+  }
+  __device__ __forceinline__ uint64_t* empty() const { return full() + Traits::kStages; }
+  __device__ __forceinline__ uint64_t* sums() const {
+    return reinterpret_cast<uint64_t*>(shared + Traits::kBarriersAt) + 2 * Traits::kStages;
+  }
+  __device__ __forceinline__ unsigned char* data() const {
+    return shared + stage * Traits::kStageBytes;
+  }
+  __device__ __forceinline__ void advance() {
+    if (++stage == Traits::kStages) {
+      stage = 0, turn ^= 1;
+    }
+  }
+};
+
+// What a CTA does at a time: a tile, and a share of K.
+struct ShrinkPiece {
+  Tile tile;
+  int id[2];           // of the tokens lane and lane + 32; -1: none
+  bool neighbours;     // all tokens, in memory
+  int rank, columns;   // of xa in use, from the CTA's first
+  int first_k, steps;  // the CTA's share
+  int64_t first_row;   // of the sums, where xa lies by tiles
+};
+
+// The CTAs of a cluster that serve one tile: all, or half of them, or a quarter and so on, where
+// tiles are more than whole clusters find places for.
+struct ShrinkGroup {
+  int size, index, member;
+};
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+__device__ __forceinline__ void find_tokens(const ShrinkParams& p, ShrinkPiece& piece) {
+  const int lane = threadIdx.x % 32, count = piece.tile.count;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int token = lane + 32 * i;
+    const int id = token < count ? p.plan.permutation[piece.tile.start + token] : -1;
+    piece.id[i] = id < p.num_tokens ? id : -1;  // a plan may be for more tokens than this call has
+  }
+  const int first = __shfl_sync(0xffffffffu, piece.id[0], 0);
+  piece.neighbours =
+      __all_sync(0xffffffffu, first >= 0 && (lane >= count || piece.id[0] == first + lane) &&
+                                  (lane + 32 >= count || piece.id[1] == first + lane + 32));
+}
+
+// Brings x to L2 before the plan is known, where it is little: by the time that copies ask for it,
+// most is there. Of more than 8 MB they would wait for what comes for others.
+template <typename T>
+__device__ __forceinline__ void prefetch_tokens(const ShrinkParams& p) {
+  constexpr int64_t kMostElements = 4 << 20;
+  constexpr unsigned kLine = 64;  // elements
+  if (p.num_tokens * p.in_features > kMostElements) {
+    return;
+  }
+  const unsigned lines = (static_cast<unsigned>(p.in_features) + kLine - 1) / kLine;
+  const unsigned all = static_cast<unsigned>(p.num_tokens) * lines;
+  const unsigned first = (blockIdx.y * gridDim.x + blockIdx.x) * kWgmmaThreads + threadIdx.x;
+  for (unsigned i = first; i < all; i += gridDim.x * gridDim.y * kWgmmaThreads) {
+    const unsigned row = i / lines;
+    device::prefetch_line(static_cast<const T*>(p.x) + row * p.x_stride +
+                          (i - row * lines) * kLine);
+  }
+}
+
+// By one warp. Slices start at columns that are multiples of 16, so that boxes do not overlap: what
+// boxes have behind a slice's rank reaches only sums that nobody reads. The same holds for rows of
+// x behind the last token.
+template <typename T, typename Traits>
+__device__ __forceinline__ void copy_piece(const ShrinkWork& work, const ShrinkMaps& maps,
+                                           const ShrinkPiece& piece, int first_column,
+                                           StageRing<Traits>& ring) {
+  const ShrinkParams& p = work.p;
+  const int lane = threadIdx.x % 32;
+  const Tile& tile = piece.tile;
+  const int padded = XaLayout::padded(piece.rank);
+  // Each box takes the copy engine 30 ns, whatever its size.
+  const bool large = padded == XaLayout::padded(p.max_rank);
+  const int box_rows = large ? work.large_rows : kBoxRowsA;
+  const int a_boxes = small_quotient(piece.columns, box_rows);
+  const int column = first_column + lane * box_rows;
+  const int slice = min(small_quotient(column, padded), p.num_slices - 1);
+  const int a_row = static_cast<int>(p.a.first_row[slice]) +
+                    (p.a.rows_by_rank ? slice * piece.rank : 0) + column - slice * padded;
+  const CUtensorMap* a_map = (large ? maps.large_a : maps.a) + slice;
+  // As few as there are tokens for: the rest are other tiles' rows, or none.
+  int x_rows = piece.neighbours ? kBoxRowsX : 0;
+  const CUtensorMap* x_map = maps.x;
+  for (; x_rows >= 2 * tile.count && x_map < maps.x + kBoxesOfX - 1; x_rows /= 2) {
+    ++x_map;
+  }
+  const int bytes = (x_rows + piece.columns) * kBoxK * 2;
+  int k = piece.first_k;
+  const int chunk = lane % 8;
+  uint32_t chunks[kWideTileTokens / 4], exists = 0;
+  // The code of either case on its own: what comes first waits for every line of it from memory.
+  const auto copy_steps = [&](auto neighbours) {
+    constexpr bool kNeighbours = decltype(neighbours)::value;
+#pragma unroll 1
+    for (int step = 0; step < piece.steps; ++step) {
+      device::barrier_wait(ring.empty(), ring.turn ^ 1);
+      unsigned char* to = ring.data();
+      if constexpr (!kNeighbours) {
+        const auto* from = reinterpret_cast<const uint4*>(static_cast<const T*>(p.x) + k);
+        const int inside = k + 8 * chunk < p.in_features ? 16 : 0;  // 0 reads none, writes zeros
+#pragma unroll
+        for (int i = 0; i < kWideTileTokens / 4; ++i) {
+          const int row = 4 * i + lane / 8;
+          asm volatile("" : "+r"(chunks[i]));  // else all pointers stay in registers, twice as many
+          if (exists >> i & 1) {
+            device::copy_async_16(to + (row * 8 + (chunk ^ row % 8)) * 16, from + chunks[i],
+                                  inside);
+          }
+        }
+        device::barrier_expect_copies(ring.full());
+        __syncwarp();  // before the arrival that the barrier knows of
+      }
+      if (lane == 0) {
+        device::barrier_arrive_expecting(ring.full(), bytes);
+      }
+      __syncwarp();
+      if (kNeighbours && lane == 0) {
+        device::copy_box(to, x_map, k, piece.id[0], ring.full());
+      }
+      if (lane < a_boxes) {
+        device::copy_box(to + (kBoxRowsX + lane * box_rows) * 128, a_map, k, a_row, tile.slot,
+                         ring.full());
+      }
+      if (step == 0) {
+        device::grid_dependency_launch();  // whose first copies come behind these
+      }
+      k += kBoxK;
+      ring.advance();
+    }
+  };
+  if (piece.neighbours) {
+    copy_steps(std::true_type{});
+    return;
+  }
+  // Eight lanes copy a token's row, each lane chunks of sixteen rows. Where those lie, counted in
+  // chunks, is found out once, for one warp issues all copies.
+#pragma unroll
+  for (int i = 0; i < kWideTileTokens / 4; ++i) {
+    const int id = __shfl_sync(0xffffffffu, piece.id[i / 8], (4 * i + lane / 8) % 32);
+    exists |= id >= 0 ? 1u << i : 0;
+    chunks[i] = static_cast<uint32_t>(max(id, 0) * (p.x_stride / 8)) + chunk;
+  }
+  copy_steps(std::false_type{});
+}
+#endif
+
+}  // namespace lora_ext::cuda
