@@ -49,7 +49,7 @@ ShrinkShape shape_of(const ShrinkParams& p) {
           device.sm_count, device.clusters};
 }
 
-template <typename T, int kRows, int kKilobytes>
+template <typename T, int kRows, int kKilobytes, ShrinkWay kWay>
 cudaError_t launch_wgmma(const ShrinkParams& p, const ShrinkShape& shape, int cluster) {
   ShrinkWork work{};
   work.p = p;
@@ -73,7 +73,8 @@ cudaError_t launch_wgmma(const ShrinkParams& p, const ShrinkShape& shape, int cl
   work.places = static_cast<int>(
       resident_blocks(shape.sm_count, WgmmaTraits<kRows, kKilobytes>::kBlocks, cluster));
   work.num_clusters = static_cast<int>(clusters);
-  return launch_kernel(shrink_wgmma_kernel<T, kRows, kKilobytes>, launch, p.stream, work, maps);
+  return launch_kernel(shrink_wgmma_kernel<T, kRows, kKilobytes, kWay>, launch, p.stream, work,
+                       maps);
 }
 
 cudaError_t launch_sum(const ShrinkParams& p, int sm_count) {
@@ -99,8 +100,8 @@ bool has_wgmma() {
   int known = device < kMaxDevices ? cache[device].load(std::memory_order_relaxed) : 0;
   if (known == 0) {
     cudaFuncAttributes attributes{};
-    const cudaError_t error =
-        cudaFuncGetAttributes(&attributes, shrink_wgmma_kernel<__nv_bfloat16, 32, kShrinkHalf>);
+    const cudaError_t error = cudaFuncGetAttributes(
+        &attributes, shrink_wgmma_kernel<__nv_bfloat16, 32, kShrinkHalf, ShrinkWay::kAny>);
     known = error == cudaSuccess && attributes.maxThreadsPerBlock >= kWarpgroup ? 2 : 1;
     if (device < kMaxDevices) {
       cache[device].store(known, std::memory_order_relaxed);
@@ -133,9 +134,15 @@ int shrink_wgmma(const ShrinkParams& p) {
     const auto launch = [&](auto rows) {
       constexpr int kRows = decltype(rows)::value;
       constexpr int kSmaller = kRows <= 96 ? kShrinkHalf : kShrinkPart;
-      return config.kilobytes == kShrinkWhole
-                 ? launch_wgmma<T, kRows, kShrinkWhole>(p, shape, config.cluster)
-                 : launch_wgmma<T, kRows, kSmaller>(p, shape, config.cluster);
+      if (p.layout.parts > 0) {
+        return launch_wgmma<T, kRows, kShrinkWhole, ShrinkWay::kParts>(p, shape, 1);
+      }
+      if (config.kilobytes == kShrinkWhole) {
+        return launch_wgmma<T, kRows, kShrinkWhole, ShrinkWay::kAny>(p, shape, config.cluster);
+      }
+      return p.layout.by_tile && config.cluster > 1
+                 ? launch_wgmma<T, kRows, kSmaller, ShrinkWay::kClusters>(p, shape, config.cluster)
+                 : launch_wgmma<T, kRows, kSmaller, ShrinkWay::kAny>(p, shape, config.cluster);
     };
     switch (config.rows) {
       case 16:

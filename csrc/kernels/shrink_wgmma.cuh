@@ -71,10 +71,10 @@ __device__ __forceinline__ void multiply_piece(const ShrinkPiece& piece,
 }
 
 // Four sums of a token, from `position` of its row on.
-template <typename T>
+template <typename T, ShrinkWay kWay>
 __device__ __forceinline__ void store_sums(const ShrinkParams& p, const ShrinkPiece& piece,
                                            int token, int position, float4 sum) {
-  if (p.layout.by_tile) {
+  if (kWay == ShrinkWay::kClusters || p.layout.by_tile) {
     float* to = static_cast<float*>(p.xa) + (piece.first_row + token) * p.xa_stride + position;
     *reinterpret_cast<float4*>(to) =
         p.layout.halves ? split_sums<T>(sum, position, piece.rank) : sum;
@@ -96,7 +96,7 @@ __device__ __forceinline__ void store_sums(const ShrinkParams& p, const ShrinkPi
   }
 }
 
-template <typename T, typename Traits>
+template <typename T, typename Traits, ShrinkWay kWay>
 __device__ __forceinline__ void shrink_wgmma_piece(const ShrinkWork& work, const ShrinkMaps& maps,
                                                    const ShrinkPiece& piece,
                                                    const ShrinkGroup& group, uint32_t& sums_turn,
@@ -114,7 +114,7 @@ __device__ __forceinline__ void shrink_wgmma_piece(const ShrinkWork& work, const
   const float scaling = p.scalings[piece.tile.slot];
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int first_token = threadIdx.x / 32 * 16 + g;  // and 8 further on
-  if (cluster == 1 && p.layout.by_tile && !(p.layout.halves && p.layout.parts == 0)) {
+  if constexpr (kWay == ShrinkWay::kParts) {
     if (multiplies) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -135,9 +135,9 @@ __device__ __forceinline__ void shrink_wgmma_piece(const ShrinkWork& work, const
   }
   // Alone it needs no other's sums, but the rows of a plain xa are put together the same way.
   // Without a cluster there is no pushing: st.async is for launches that have one.
-  const bool alone = cluster == 1;
+  const bool alone = kWay == ShrinkWay::kAny && cluster == 1;
   const int first_peer = group.index * cluster;
-  if (work.cluster == 1) {
+  if (kWay == ShrinkWay::kAny && work.cluster == 1) {
     __syncthreads();
   } else {
     device::cluster_arrive_relaxed();
@@ -190,7 +190,7 @@ __device__ __forceinline__ void shrink_wgmma_piece(const ShrinkWork& work, const
         sum.x += next.x, sum.y += next.y, sum.z += next.z, sum.w += next.w;
       }
       sum.x *= scaling, sum.y *= scaling, sum.z *= scaling, sum.w *= scaling;
-      store_sums<T>(p, piece, member * each + token, first_column + column, sum);
+      store_sums<T, kWay>(p, piece, member * each + token, first_column + column, sum);
     }
   }
 }
@@ -198,8 +198,9 @@ __device__ __forceinline__ void shrink_wgmma_piece(const ShrinkWork& work, const
 
 // A cluster serves every so manyth tile, so that a grid of likely size does for any batch; where
 // tiles are cut into parts, a CTA serves its part.
-template <typename T, int kRows, int kKilobytes>
-__global__ void __launch_bounds__(kWgmmaBound, WgmmaTraits<kRows, kKilobytes>::kBlocks)
+template <typename T, int kRows, int kKilobytes, ShrinkWay kWay>
+__global__ void __launch_bounds__(WgmmaTraits<kRows, kKilobytes>::kBound,
+                                  WgmmaTraits<kRows, kKilobytes>::kBoundBlocks)
     shrink_wgmma_kernel(const __grid_constant__ ShrinkWork work,
                         const __grid_constant__ ShrinkMaps maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -233,17 +234,19 @@ __global__ void __launch_bounds__(kWgmmaBound, WgmmaTraits<kRows, kKilobytes>::k
   int num_tiles = p.plan.header[kNumWideTiles];
   num_tiles = p.layout.by_tile ? min(num_tiles, p.layout.most_tiles) : num_tiles;
   // Lanes look at the tile of a choice of groups each.
-  const int cluster = work.cluster, cluster_rank = cluster > 1 ? device::cluster_rank() : 0;
+  constexpr bool in_parts = kWay == ShrinkWay::kParts;
+  const int cluster = in_parts ? 1 : work.cluster;
+  const int cluster_rank = cluster > 1 ? device::cluster_rank() : 0;
   const int lane = threadIdx.x % 32, choice = min(lane, __ffs(cluster) - 1);
   int own_tile = (device::cluster_id() << choice) + small_quotient(cluster_rank, cluster >> choice);
   const auto capacity = static_cast<int>(p.plan.max_tokens / kWideTileTokens + p.plan.num_slots);
   ShrinkPiece piece{};
   // A cluster's tile in the same trip. With parts, which of them a CTA has follows from their
   // number: each lane brings another.
-  const bool in_parts = p.layout.parts > 0;
   piece.tile = p.plan.wide_tiles[min(in_parts ? lane : own_tile, capacity - 1)];
   const int halvings =
-      cluster_halvings(num_tiles * static_cast<int>(gridDim.y), cluster, work.places);
+      in_parts ? 0
+               : cluster_halvings(num_tiles * static_cast<int>(gridDim.y), cluster, work.places);
   ShrinkGroup group{cluster >> halvings};
   group.index = small_quotient(cluster_rank, group.size);
   group.member = cluster_rank - group.index * group.size;
@@ -287,8 +290,8 @@ __global__ void __launch_bounds__(kWgmmaBound, WgmmaTraits<kRows, kKilobytes>::k
       piece.first_k = share * kBoxK;
     }
     if (piece.rank > 0 && piece.columns > 0 && tile < num_tiles) {  // all members of a group alike
-      shrink_wgmma_piece<T, Traits>(work, maps, piece, group, sums_turn, ring);
-    } else if (halvings > 0 && (group.size > 1 || !p.layout.by_tile)) {
+      shrink_wgmma_piece<T, Traits, kWay>(work, maps, piece, group, sums_turn, ring);
+    } else if (halvings > 0) {
       device::grid_dependency_launch();
       device::cluster_arrive_relaxed();  // other groups push their sums behind a barrier of all
       device::cluster_wait();

@@ -30,19 +30,27 @@ struct ShrinkWork {
   int num_clusters;  // in the grid
   int places;        // for CTAs of clusters at once
 };
+// What a kernel serves: any launch without parts; an apply's by clusters; an apply's by parts. One
+// for all would hold a third to two thirds more code, which too comes from memory while somebody
+// waits for it.
+enum class ShrinkWay { kAny, kClusters, kParts };
+
 constexpr int kBoxK = kBoxColumns;
 constexpr int kBoxRowsX = kWideTileTokens, kBoxRowsA = 16;
-
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-constexpr int kWgmmaBound = kWgmmaThreads;
-#else
-constexpr int kWgmmaBound = 32;  // tells the launcher that the kernel is empty here
-#endif
 
 // kRows: columns of xa (rows of A) that a CTA computes. kKilobytes: for its stages.
 template <int kRows_, int kKilobytes>
 struct WgmmaTraits {
   static constexpr int kRows = kRows_, kBlocks = kKilobytes <= kShrinkHalf ? 2 : 1;
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  // Bounds registers to 128, or 168, so that a CTA of the expand finds room beside one. Each of a
+  // multiprocessor's four schedulers has 512 registers a lane; one of them has two of this CTA's
+  // five warps, and two of the expand's with 128 registers, or one with 168 above rank 64.
+  static constexpr int kBound = kRows <= 96 ? 256 : kRows == 128 ? 192 : kWgmmaThreads;
+#else
+  static constexpr int kBound = 32;  // tells the launcher that the kernel is empty here
+#endif
+  static constexpr int kBoundBlocks = kRows <= 128 ? 2 : 1;
   static constexpr int kStageBytes = (kWideTileTokens + kRows) * kBoxK * 2;
   static constexpr int kStages = kKilobytes * 1024 / kStageBytes;
   static constexpr int kSumStride = kRows + 8;  // floats between tokens of the sums
