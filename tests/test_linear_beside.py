@@ -74,9 +74,13 @@ def test_wide_tiles(ranks: list[int], dtype: torch.dtype) -> None:
 
 @KINDS
 @pytest.mark.parametrize("mix", ["nobody", "one", "all"])
-def test_what_comes_next_waits_for_the_product(mix: str, kind: type[Site]) -> None:
-    """Also where none of the adapters' thread blocks has anything to wait for."""
-    site = make_site(8192, [14336], bias=True, kind=kind)
+@pytest.mark.parametrize(("in_features", "width"), [(8192, 14336), (28672, 1024)])
+def test_what_comes_next_waits_for_the_product(
+    in_features: int, width: int, mix: str, kind: type[Site]
+) -> None:
+    """Also where none of the adapters' thread blocks has anything to wait for, and where the
+    product's last kernel is a reduction."""
+    site = make_site(in_features, [width], bias=True, kind=kind)
     slots = {"nobody": [-1] * 200, "one": [-1] * 199 + [0], "all": [0] * 200}[mix]
     x, plan = site.x(200), make_batch(slots, len(RANKS), "cuda").plan
     results: list[torch.Tensor] = []
@@ -129,22 +133,27 @@ class EdgeData(ctypes.Structure):
 LAUNCH_COMPLETION = 2  # cudaGraphKernelNodePortLaunchCompletion
 
 
-def edges_from_a_launch(call: Callable[[], object]) -> int:
-    """Edges of a graph of `call` that lead from where the last thread block of a kernel begins."""
+def edges_of(call: Callable[[], object]) -> list[int]:
+    """Where the edges of a graph of `call` lead from: the ports of their kernels."""
     call()
     graph = torch.cuda.CUDAGraph(keep_graph=True)
     with torch.cuda.graph(graph):
         call()
     major = int(torch.version.cuda.split(".")[0])
     runtime = ctypes.CDLL(f"libcudart.so.{major}")
-    edges_of = getattr(runtime, "cudaGraphGetEdges" + ("_v2" if major < 13 else ""))
+    get_edges = getattr(runtime, "cudaGraphGetEdges" + ("_v2" if major < 13 else ""))
     count = ctypes.c_size_t(100)
     nodes = (ctypes.c_void_p * count.value)()
     edges = (EdgeData * count.value)()
     raw = ctypes.c_void_p(graph.raw_cuda_graph())
-    assert edges_of(raw, nodes, nodes, edges, ctypes.byref(count)) == 0
+    assert get_edges(raw, nodes, nodes, edges, ctypes.byref(count)) == 0
     assert count.value < 100
-    return sum(edges[i].from_port == LAUNCH_COMPLETION for i in range(count.value))
+    return [edges[i].from_port for i in range(count.value)]
+
+
+def edges_from_a_launch(call: Callable[[], object]) -> int:
+    """Those that lead from where the last thread block of a kernel begins."""
+    return edges_of(call).count(LAUNCH_COMPLETION)
 
 
 def test_the_shrink_begins_when_the_last_kernel_of_the_base_layer_has() -> None:
@@ -158,6 +167,16 @@ def test_the_shrink_begins_when_the_last_kernel_of_the_base_layer_has() -> None:
     assert {name: edges_from_a_launch(call) for name, call in calls.items()} == dict.fromkeys(
         calls, 1
     )
+
+
+def test_the_shrink_begins_beside_a_product_that_ends_in_a_reduction() -> None:
+    """Two kernels, of which the second starts early; the expand waits for both, and the shrink."""
+    site = make_site(28672, [1024])
+    plan, x = make_batch([0, 1, 3, 4] * 50, len(RANKS), "cuda").plan, site.x(200)
+    if len(edges_of(lambda: site.base(x))) != 1:
+        pytest.skip("this cuBLAS does not divide K of such a product")
+    for call in (lambda: site(x, plan), lambda: site.forked(x, plan)):
+        assert edges_from_a_launch(call) == 2
 
 
 def test_it_waits_where_that_is_no_kernel_or_x_may_not_be_final() -> None:

@@ -1,5 +1,6 @@
 // lora_apply_: the decode kernels for few tokens, those of wide tiles where their slots may have
 // many or a prefill is little work, else the wide shrink and expand.
+#include "kernels/beside.h"
 #include "kernels/decode_batch.cuh"
 #include "kernels/decode_expand.cuh"
 #include "kernels/decode_expand_stream.cuh"
@@ -61,7 +62,7 @@ cudaError_t launch_expand(const ApplyParams& p, const ApplyConfig& config, bool 
   LaunchShape shape{};
   shape.threads = kExpandThreads;
   shape.cluster = 1;
-  shape.dependent = true;
+  shape.dependent = p.reduction == nullptr;  // else the capture knows already
   const DeviceProperties device = device_properties();
   // As many CTAs of a kernel as are resident; none where one for each block is better.
   const auto stream_ctas = [&](int bytes, int most) {
@@ -120,6 +121,15 @@ cudaError_t decode_expand(const ApplyParams& p, const ApplyConfig& config, bool 
   });
 }
 
+// The expand behind a shrink that was launched, or was not, with this error.
+template <typename Expand>
+int in_turn(const ApplyParams& p, int error, const Expand& expand) {
+  if (error == 0 && p.reduction != nullptr) {
+    error = start_behind_both(p.stream, p.reduction);
+  }
+  return error == 0 ? expand() : error;
+}
+
 }  // namespace
 
 int64_t apply_workspace(const ApplyParams& p) {
@@ -159,14 +169,14 @@ bool apply_runs_beside(const ApplyParams& p) { return apply_config_of(p).decode 
 int apply(const ApplyParams& p) {
   const ApplyShape shape = apply_shape_of(p);
   if ((decode_is_wide(shape) || prefill_is_wide(shape)) && decode_wide_takes(p)) {
-    return decode_wide(p, wide_split(shape));
+    const WideSplit split = wide_split(shape);
+    return in_turn(p, decode_wide_shrink(p, split), [&] { return decode_wide_expand(p, split); });
   }
   if (ApplyConfig config = apply_config(shape); config.decode) {
     if (p.beside) {
       config.shrink_shared_percent = config.expand_shared_percent = kBesideSharedPercent;
     }
-    const int error = decode_shrink(p, config);
-    return error != 0 ? error : decode_expand(p, config, true);
+    return in_turn(p, decode_shrink(p, config), [&] { return decode_expand(p, config, true); });
   }
   ShrinkParams down = shrink_of(p);
   ExpandParams up = expand_of(p);

@@ -30,7 +30,11 @@ int apply_join(const ApplyParams& p) {
     return error == 0 ? apply_expand(p) : error;
   }
   ApplyParams all = p;
-  all.beside = before.has_value() && apply_runs_beside(p) && start_beside_last(p.stream, *before);
+  if (before.has_value() && apply_runs_beside(p)) {
+    const Beside beside = start_beside_last(p.stream, *before);
+    all.beside = beside.possible;
+    all.reduction = beside.reduction;
+  }
   return apply(all);
 }
 

@@ -28,15 +28,24 @@ cudaError_t get_capture(cudaStream_t stream, cudaStreamCaptureStatus* status,
 #endif
 }
 
-cudaError_t set_dependency(cudaStream_t stream, cudaGraphNode_t node,
-                           const cudaGraphEdgeData& edge) {
+// What is captured next depends on these, and on nothing else.
+cudaError_t set_dependencies(void* stream, cudaGraphNode_t* nodes, const cudaGraphEdgeData* edges,
+                             size_t count) {
 #if CUDART_VERSION >= 13000
-  return cudaStreamUpdateCaptureDependencies(stream, &node, &edge, 1,
-                                             cudaStreamSetCaptureDependencies);
+  constexpr auto kUpdate = cudaStreamUpdateCaptureDependencies;
 #else
-  return cudaStreamUpdateCaptureDependencies_v2(stream, &node, &edge, 1,
-                                                cudaStreamSetCaptureDependencies);
+  constexpr auto kUpdate = cudaStreamUpdateCaptureDependencies_v2;
 #endif
+  return kUpdate(static_cast<cudaStream_t>(stream), nodes, edges, count,
+                 cudaStreamSetCaptureDependencies);
+}
+
+// An edge of a kernel that waits for the end of the one before, but starts earlier: from `port` on.
+constexpr cudaGraphEdgeData early_edge(unsigned char port) {
+  cudaGraphEdgeData edge{};
+  edge.from_port = port;
+  edge.type = cudaGraphDependencyTypeProgrammatic;
+  return edge;
 }
 
 // An older driver knows none of this; that must not fail the next launch.
@@ -47,24 +56,30 @@ bool succeeds(cudaError_t error) {
   return error == cudaSuccess;
 }
 
-// Whether the node is a kernel that starts behind the end of all that it depends on.
-bool is_whole_kernel(cudaGraphNode_t node) {
+// How a kernel stands behind others.
+struct Begin {
+  bool whole;              // behind the end of all that it depends on
+  cudaGraphNode_t behind;  // the only one that it depends on, else null
+};
+
+// Nothing where the node is no kernel.
+std::optional<Begin> begin_of(cudaGraphNode_t node) {
   cudaGraphNodeType type{};
   cudaGraphNode_t nodes[kMostEdges];
   cudaGraphEdgeData edges[kMostEdges];
   size_t count = 0;
   if (!succeeds(cudaGraphNodeGetType(node, &type)) || type != cudaGraphNodeTypeKernel ||
       !succeeds(kGetDependencies(node, nullptr, nullptr, &count)) || count > kMostEdges) {
-    return false;
+    return std::nullopt;
   }
   if (count > 0 && !succeeds(kGetDependencies(node, nodes, edges, &count))) {  // 0 is refused
-    return false;
+    return std::nullopt;
   }
   bool whole = true;
   for (size_t i = 0; i < count; ++i) {
     whole &= edges[i].type == cudaGraphDependencyTypeDefault;
   }
-  return whole;
+  return Begin{whole, count == 1 ? nodes[0] : nullptr};
 }
 
 // What the stream's capture ends in, null where that is no single node; nothing without a capture.
@@ -113,16 +128,36 @@ std::optional<void*> take_last_captured(const void* key) {
   return node;
 }
 
-bool start_beside_last(void* stream, void* before) {
-  const cudaGraphNode_t last = last_captured(stream).value_or(nullptr);
-  if (last == nullptr || last == before || !device_properties().clusters ||
-      !is_whole_kernel(last)) {
-    return false;
+Beside start_beside_last(void* stream, void* before) {
+  cudaGraphNode_t last = last_captured(stream).value_or(nullptr);
+  Beside beside{};
+  if (!device_properties().clusters) {
+    return beside;
   }
-  cudaGraphEdgeData edge{};
-  edge.from_port = cudaGraphKernelNodePortLaunchCompletion;
-  edge.type = cudaGraphDependencyTypeProgrammatic;
-  return succeeds(set_dependency(static_cast<cudaStream_t>(stream), last, edge));
+  while (last != nullptr && last != before) {
+    const std::optional<Begin> begin = begin_of(last);
+    if (begin.has_value() && begin->whole) {
+      const cudaGraphEdgeData edge = early_edge(cudaGraphKernelNodePortLaunchCompletion);
+      beside.possible = succeeds(set_dependencies(stream, &last, &edge, 1));
+      return beside;
+    }
+    if (!begin.has_value() || beside.reduction != nullptr) {
+      break;
+    }
+    beside.reduction = last;
+    last = begin->behind;
+  }
+  return {};
+}
+
+int start_behind_both(void* stream, void* reduction) {
+  cudaGraphNode_t nodes[] = {last_captured(stream).value_or(nullptr),
+                             static_cast<cudaGraphNode_t>(reduction)};
+  const cudaGraphEdgeData edges[] = {early_edge(cudaGraphKernelNodePortProgrammatic),
+                                     early_edge(cudaGraphKernelNodePortLaunchCompletion)};
+  const cudaError_t error = set_dependencies(stream, nodes, edges, 2);
+  succeeds(error);
+  return error;
 }
 
 }  // namespace lora_ext::cuda

@@ -13,10 +13,22 @@ bool keep_last_captured(void* stream, const void* key);
 // Takes it out again; nothing where none was kept since.
 std::optional<void*> take_last_captured(const void* key);
 
-// Lets the kernel that is captured next start when the last one's thread blocks all have: what that
-// one read is final, what it writes is not. Of the kernels since `before`, the node that was kept
-// then. False, and nothing has changed, where that cannot be had: outside of a capture, behind what
-// is no kernel, behind one that itself started before the end of another.
-bool start_beside_last(void* stream, void* before);
+// What a kernel is started beside.
+struct Beside {
+  bool possible;
+  void* reduction;  // the kernel behind it, which began before its end, as that of a product whose
+                    // K is divided; else null
+};
+
+// Lets the kernel that is captured next start when the last one's thread blocks all have, or where
+// that is a reduction, those of the one before it: what they read is final, what they write is not.
+// Of the kernels since `before`, the node that was kept then. Not possible, and nothing has
+// changed, outside of a capture, behind what is no kernel, behind one that itself started otherwise
+// before the end of another.
+Beside start_beside_last(void* stream, void* before);
+
+// Lets the kernel that is captured next start when the last one lets it and the thread blocks of
+// `reduction` have begun; it waits for the end of both. A cudaError_t.
+int start_behind_both(void* stream, void* reduction);
 
 }  // namespace lora_ext::cuda

@@ -43,7 +43,7 @@ cudaError_t launch_expand(const ApplyParams& p, const WideWork& work) {
   LaunchShape shape{};
   shape.threads = kWideThreads;
   shape.cluster = 1;
-  shape.dependent = true;
+  shape.dependent = p.reduction == nullptr;  // else the capture knows already
   shape.grid = dim3(static_cast<unsigned>(std::min(work.most_tiles * blocks, most)));
   shape.shared_bytes = WideExpandTraits<kSteps>::kSharedBytes;
   return launch_kernel(p.beside ? decode_wide_expand_kernel<T, Y, kSteps, true>
@@ -62,15 +62,17 @@ int64_t decode_wide_workspace(const ApplyParams& p, const WideSplit& split) {
   return split.all_parts(work.most_tiles) * kWideTileTokens * work.columns;
 }
 
-int decode_wide(const ApplyParams& p, const WideSplit& split) {
+int decode_wide_shrink(const ApplyParams& p, const WideSplit& split) {
+  return dispatch_half(p.dtype, [&](auto t) {
+    return launch_shrink<typename decltype(t)::type>(p, wide_work(p, split));
+  });
+}
+
+int decode_wide_expand(const ApplyParams& p, const WideSplit& split) {
   const WideWork work = wide_work(p, split);
   return dispatch_half_output(p.dtype, p.y_dtype, [&](auto t, auto y) {
     using T = typename decltype(t)::type;
     using Y = typename decltype(y)::type;
-    const cudaError_t error = launch_shrink<T>(p, work);
-    if (error != cudaSuccess) {
-      return error;
-    }
     return p.max_rank <= 64 ? launch_expand<T, Y, 4>(p, work) : launch_expand<T, Y, 8>(p, work);
   });
 }

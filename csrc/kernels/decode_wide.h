@@ -12,6 +12,7 @@ namespace lora_ext::cuda {
 // copies of 16 bytes, a chip with wgmma.
 bool decode_wide_takes(const ApplyParams& params);
 int64_t decode_wide_workspace(const ApplyParams& params, const WideSplit& split);  // fp32
-int decode_wide(const ApplyParams& params, const WideSplit& split);
+int decode_wide_shrink(const ApplyParams& params, const WideSplit& split);
+int decode_wide_expand(const ApplyParams& params, const WideSplit& split);
 
 }  // namespace lora_ext::cuda
