@@ -198,6 +198,43 @@ __global__ void __launch_bounds__(kMoeThreads)
         }
       }
     }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      pairs[i] = pairs[i] < p.num_pairs ? pairs[i] : -1;
+    }
+    const auto pair_of = [&](int round, int i) {
+      return __shfl_sync(kAllLanes, round < 4 ? pairs[0] : pairs[1],
+                         (kJointPairs * round + i) % 32);
+    };
+    const bool weighted = p.topk_weights != nullptr;
+    uint32_t next_weight = 0;  // of pair g: its bits, which nothing waits for before the sums
+    const auto load_tokens = [&](int round) {
+      const int pair = pair_of(round, g);
+      const T* x =
+          static_cast<const T*>(p.x) + small_quotient(max(pair, 0), p.x_divisor) * p.x_stride;
+#pragma unroll 4
+      for (int step = 0; step < steps; ++step) {
+        copy(own_x + step * kSlotBytes, x, k_lane + step * Traits::kStepFeatures, pair >= 0);
+      }
+      device::copy_async_commit();
+      if (weighted && pair >= 0) {
+        next_weight = p.float_weights ? static_cast<const uint32_t*>(p.topk_weights)[pair]
+                                      : static_cast<const uint16_t*>(p.topk_weights)[pair];
+      }
+    };
+    // Output o of a lane: pair 2 q + o of the round, eight columns.
+    Y* const y = static_cast<Y*>(p.y) + s.column_start + column * (kVector ? 1 : p.column_stride);
+    device::Outputs<Y> outputs[2];
+    const auto load_y = [&](int round) {
+#pragma unroll
+      for (int o = 0; o < 2; ++o) {
+        const int pair = pair_of(round, 2 * q + o);
+        if (kVector && pair >= 0 && column < s.width) {
+          outputs[o].load(y + pair * p.y_stride);
+        }
+      }
+    };
+    load_tokens(0);
     {
       const T* b = static_cast<const T*>(s.b) + tile.slot * s.b_slot_stride +
                    tile.expert * s.b_expert_stride + (s.b_first_row + column) * s.b_row_stride;
@@ -216,49 +253,13 @@ __global__ void __launch_bounds__(kMoeThreads)
         }
       }
     }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      pairs[i] = pairs[i] < p.num_pairs ? pairs[i] : -1;
-    }
-    const auto pair_of = [&](int round, int i) {
-      return __shfl_sync(kAllLanes, round < 4 ? pairs[0] : pairs[1],
-                         (kJointPairs * round + i) % 32);
-    };
-    float scale;  // of pair g
-    const auto load_tokens = [&](int round) {
-      const int pair = pair_of(round, g);
-      const T* x = static_cast<const T*>(p.x) +
-                   static_cast<int>(static_cast<unsigned>(max(pair, 0)) / p.x_divisor) * p.x_stride;
-#pragma unroll 4
-      for (int step = 0; step < steps; ++step) {
-        copy(own_x + step * kSlotBytes, x, k_lane + step * Traits::kStepFeatures, pair >= 0);
-      }
-      device::copy_async_commit();
-      scale = scaling;
-      if (p.topk_weights != nullptr && pair >= 0) {
-        scale *= p.float_weights ? static_cast<const float*>(p.topk_weights)[pair]
-                                 : device::to_float(static_cast<const T*>(p.topk_weights)[pair]);
-      }
-    };
-    // Output o of a lane: pair 2 q + o of the round, eight columns.
-    Y* const y = static_cast<Y*>(p.y) + s.column_start + column * (kVector ? 1 : p.column_stride);
-    device::Outputs<Y> outputs[2];
-    const auto load_y = [&](int round) {
-#pragma unroll
-      for (int o = 0; o < 2; ++o) {
-        const int pair = pair_of(round, 2 * q + o);
-        if (kVector && pair >= 0 && column < s.width) {
-          outputs[o].load(y + pair * p.y_stride);
-        }
-      }
-    };
-    load_tokens(0);
+    device::copy_async_commit();
     const int rounds = (tile.count + kJointPairs - 1) / kJointPairs;
 #pragma unroll 1
     for (int round = 0; round < rounds; ++round) {
       load_y(round);
-      const float pair_scale = scale;
-      device::copy_async_wait<0>();
+      const uint32_t weight = next_weight;
+      device::copy_async_wait<1>();  // not for B
       float acc[2][4] = {};
 #pragma unroll 2
       for (int step = 0; step < steps; ++step) {
@@ -283,7 +284,10 @@ __global__ void __launch_bounds__(kMoeThreads)
       }
       if (round + 1 < rounds) {
         load_tokens(round + 1);
+      } else {
+        device::copy_async_commit();
       }
+      device::copy_async_commit();  // in the place of B, which the first round has here
       __syncthreads();
       float4 total = make_float4(0, 0, 0, 0);
       const auto add = [&](const float* from) {
@@ -317,6 +321,9 @@ __global__ void __launch_bounds__(kMoeThreads)
       }
 #endif
       turn ^= 1;
+      const float pair_scale = !weighted         ? scaling
+                               : p.float_weights ? scaling * __uint_as_float(weight)
+                                                 : scaling * device::unpack<T>(weight, 0);
       const float xa[kChunk] = {total.x * pair_scale, total.y * pair_scale, total.z * pair_scale,
                                 total.w * pair_scale};
       int max_bits = 0;
@@ -328,6 +335,7 @@ __global__ void __launch_bounds__(kMoeThreads)
         max_bits = max(max_bits, __shfl_xor_sync(kAllLanes, max_bits, 1));
         max_bits = max(max_bits, __shfl_xor_sync(kAllLanes, max_bits, 2));
       }
+      device::copy_async_wait<2>();  // B
       SplitChunk<T, kChunk> split;
       split.set(xa, device::kNeedsScale<T> ? device::scale_down(max_bits) : 1.0f);
       device::Chunk<T, kChunk> weights[8];
