@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -42,6 +43,12 @@ def test_the_routing_grows_with_the_pairs_alone(
     assert lora_ext.moe_routing_size(num_tokens, top_k, num_slots, 128) == size
     assert size <= 16 + (5 if pairs <= 2048 else 9) * pairs + 1
     assert testing.max_moe_tiles(pairs, groups) <= pairs
+
+
+@given(pair=st.integers(0, 2**31 - 1), divisor=st.integers(1, 2**31 - 1) | st.integers(1, 32))
+def test_the_token_of_a_pair_comes_without_a_division(pair: int, divisor: int) -> None:
+    for near in (pair, pair // divisor * divisor, max(pair // divisor * divisor - 1, 0)):
+        assert testing.moe_token_of(near, divisor) == near // divisor
 
 
 @given(**SHRINK)
@@ -93,10 +100,60 @@ def test_the_moe_shrink_prefetches_where_a_is_little(**shape: int) -> None:
     groups = min(shape["num_pairs"], shape["num_groups"])
     least_bytes = 2 * groups * shape["matrices"] * shape["rows"] * shape["in_features"]
     little = shape["vector"] and groups <= 2 * shape["sm_count"] and least_bytes <= 8 << 20
-    assert config.prefetch_features in (0, config.split_features)
-    assert little or config.prefetch_features == 0
+    assert little or not config.small
     if little and shape["num_pairs"] <= shape["num_groups"]:  # a tile for each pair
+        assert config.small
+    if config.small:
         assert config.prefetch_features == config.split_features
+
+
+@given(**SHRINK)
+def test_the_moe_shrink_prefetches_the_beginning_of_a_larger_a(**shape: int) -> None:
+    config = testing.moe_shrink_config(**shape)
+    assert 0 <= config.prefetch_features <= config.split_features
+    if config.small or config.prefetch_features == 0:
+        return
+    assert shape["vector"] and config.members == 1  # each CTA knows its tile
+    tiles = min(shape["num_pairs"], shape["num_groups"])
+    assert tiles * config.blocks * config.splits <= 2 * shape["sm_count"]  # all resident
+    assert config.prefetch_features % 64 == 0  # whole lines
+    of_a_row = config.prefetch_features * config.splits
+    assert of_a_row > 512 - 64 * config.splits
+    assert 2 * of_a_row * tiles * shape["matrices"] * shape["rows"] <= 8 << 20
+
+
+def test_how_much_the_moe_shrink_prefetches() -> None:
+    of = partial(
+        testing.moe_shrink_config,
+        num_groups=1024,
+        num_experts=128,
+        in_features=2048,
+        matrices=1,
+        vector=True,
+        sm_count=132,
+    )
+
+    def prefetched(num_pairs: int, rows: int, max_rank: int) -> tuple[bool, int, int]:
+        config = of(num_pairs=num_pairs, rows=rows, max_rank=max_rank)
+        return config.small, config.splits, config.prefetch_features
+
+    # Qwen3-30B's w13: 8 tokens, then 32, and a batch whose rows would have less than 1 KB each.
+    assert prefetched(64, 32, 16) == (True, 4, 512)
+    assert prefetched(64, 128, 64) == (False, 2, 256)
+    assert prefetched(256, 32, 16) == (False, 1, 512)
+    assert prefetched(256, 128, 64) == (False, 1, 0)
+    assert prefetched(1024, 32, 16) == (False, 1, 0)
+
+
+@given(**SHRINK)
+def test_how_the_moe_shrink_divides_the_cache(**shape: int) -> None:
+    config = testing.moe_shrink_config(**shape)
+    if config.small:
+        assert config.shared_percent == 100
+    elif config.row_blocks == 1 and shape["num_pairs"] > 1024:
+        assert config.shared_percent == 72
+    else:
+        assert config.shared_percent == -1
 
 
 @given(**SHRINK)
@@ -108,7 +165,7 @@ def test_moe_shrink_blocks_are_spread_where_they_are_few(**shape: int) -> None:
         room = config.most_blocks_per_sm * shape["sm_count"]
         assert 2 <= config.most_blocks_per_sm <= 4
         assert 4 * most_tiles * config.blocks * config.splits <= 5 * room
-        assert config.prefetch_features == 0  # which wants to be there early
+        assert not config.small  # which wants to be there early
 
 
 @given(num_pairs=PAIRS, num_groups=GROUPS, rows=st.integers(1, 128), sm_count=SM_COUNTS)

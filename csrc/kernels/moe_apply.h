@@ -58,13 +58,6 @@ inline bool is_multiple(const MoeFactor& factor, int num_slices, int64_t element
   return is_multiple(static_cast<const Factor&>(factor), num_slices, elements, bytes);
 }
 
-// Of an SM's L1 cache that both kernels want as shared memory, -1: any. An SM that has to divide it
-// anew cannot take CTAs before the others have left, which small batches wait for. In large ones
-// loads on their way to registers want the cache.
-inline int moe_shared_percent(const MoeShrinkConfig& config) {
-  return config.prefetch_features > 0 ? 100 : -1;
-}
-
 cudaError_t moe_shrink(const MoeApplyParams& p, const MoeShrinkConfig& config);
 cudaError_t moe_expand(const MoeApplyParams& p, const MoeShrinkConfig& config);
 // Whether one kernel does both, by the shape alone, and that kernel.

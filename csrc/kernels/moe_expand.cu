@@ -77,6 +77,18 @@ __global__ void __launch_bounds__(
     if (!is_valid(tile, p.num_slots, p.num_experts)) {
       continue;
     }
+    // The tile's pairs, two to a lane; -1: none.
+    int pairs[2];
+    const auto load_pairs = [&] {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int at = 32 * i + lane;
+        pairs[i] = at < tile.count ? permutation[tile.start + at] : -1;
+      }
+    };
+    if constexpr (kChunk == 8) {  // beside the rank; of four ranks a lane B had better come first
+      load_pairs();
+    }
     const int rank = min(p.ranks[tile.slot], p.max_rank);
     if (rank <= 0) {
       continue;
@@ -118,12 +130,11 @@ __global__ void __launch_bounds__(
       }
     }
     device::copy_async_commit();
-    // The tile's pairs, two to a lane; -1: none.
-    int pairs[2];
+    if constexpr (kChunk == 4) {
+      load_pairs();
+    }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int at = 32 * i + lane;
-      pairs[i] = at < tile.count ? permutation[tile.start + at] : -1;
       pairs[i] = pairs[i] < p.num_pairs ? pairs[i] : -1;
     }
     const auto pair_of = [&](int round, int i) {
@@ -395,7 +406,7 @@ cudaError_t moe_expand(const MoeApplyParams& p, const MoeShrinkConfig& config) {
   shape.threads = kMoeThreads;
   shape.cluster = 1;
   shape.dependent = true;
-  shape.shared_percent = moe_shared_percent(config);
+  shape.shared_percent = config.small ? config.shared_percent : -1;
   return dispatch_half_output(p.dtype, p.y_dtype, [&](auto t, auto y) {
     return launch<typename decltype(t)::type, typename decltype(y)::type>(
         params, vector, way, warp_units, shape, p.stream);

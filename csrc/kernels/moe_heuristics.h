@@ -24,8 +24,28 @@ struct MoeShrinkConfig {
   // CTAs come in clusters of so many, which share a part of K, so many values each, and add up
   // their sums, if there are up to so many tiles, which only the device can count. 1: never.
   int members, member_features, few_tiles;
+  bool small;              // A is little: the batch waits for its loads, not for the bandwidth
   int prefetch_features;   // of a part of K, brought to L2 ahead of time
   int most_blocks_per_sm;  // 0: as many as fit
+  int shared_percent;      // of an SM's L1 cache that is to be shared memory, -1: any
+};
+
+// pair / divisor as a multiplication and a shift, exact for all pairs: a division is twenty
+// instructions that wait for each other, in front of a CTA's first x.
+struct MoePairDivisor {
+  uint32_t factor;
+  int32_t shift;
+
+  MoePairDivisor() = default;
+  explicit MoePairDivisor(int32_t divisor) : shift(31) {
+    while (int64_t{1} << (shift - 31) < divisor) {
+      ++shift;
+    }
+    factor = static_cast<uint32_t>(ceil_div(int64_t{1} << shift, int64_t{divisor}));
+  }
+  LORA_EXT_HOST_DEVICE int token_of(int pair) const {
+    return static_cast<int>(static_cast<uint64_t>(static_cast<uint32_t>(pair)) * factor >> shift);
+  }
 };
 
 // A group for every pair, or all groups: a decode step's routing is close to that, and a prefill
@@ -81,7 +101,7 @@ inline MoeShrinkConfig moe_shrink_config(const MoeShape& s) {
   const int64_t tiles = likely_moe_tiles(s.num_pairs, s.num_groups);
   const int64_t a_bytes = tiles * s.matrices * s.rows * s.in_features * 2;
   const bool small = tiles <= 2 * s.sm_count && a_bytes <= kPrefetchBytes;
-  config.prefetch_features = s.vector && small ? config.split_features : 0;
+  config.small = s.vector && small;
   // With one adapter there may be far fewer tiles than these, so few that most SMs would have none
   // (gpt-oss-20b, 300 tokens of rank 64, w13: 51.3 -> 41.3 us). Two members only for many pairs, of
   // which a CTA takes 128 rows, not 64, and not up to rank 16 for up to 32 rows, which have a deep
@@ -100,14 +120,34 @@ inline MoeShrinkConfig moe_shrink_config(const MoeShape& s) {
     config.member_features =
         static_cast<int>(ceil_div(ceil_div(config.split_features, config.members), 128) * 128);
   }
+  // Of a larger A the beginning, as much as memory brings while the kernel before comes to its end,
+  // where the CTAs are all resident and each row has 1 KB of it or more (Qwen3-30B, w13: 8 tokens
+  // of rank 64 14.8 -> 14.1 us, 32 of rank 16 15.8 -> 14.9).
+  constexpr int kLeastFeatures = 512;
+  const int64_t likely_blocks = tiles * config.blocks * config.splits;
+  if (config.small) {
+    config.prefetch_features = config.split_features;
+  } else if (s.vector && config.members == 1 && likely_blocks <= 2 * s.sm_count) {
+    const int64_t features = kPrefetchBytes / (2 * tiles * s.matrices * s.rows);
+    config.prefetch_features =
+        features >= kLeastFeatures ? static_cast<int>(features / config.splits / 64 * 64) : 0;
+  }
   // CTAs that come while the kernel before is at work crowd where that one has left. Where even
   // shares of them are a few on each SM, no SM may have more.
-  const int64_t likely_blocks = tiles * config.blocks * config.splits;
   const int64_t most_blocks = max_moe_tiles(s.num_pairs, std::min(s.num_pairs, s.num_groups)) *
                               config.blocks * config.splits;
   const int64_t per_sm = ceil_div(likely_blocks, s.sm_count);
   const bool even = per_sm >= 2 && per_sm <= 4 && 4 * most_blocks <= 5 * per_sm * s.sm_count;
-  config.most_blocks_per_sm = config.prefetch_features == 0 && even ? static_cast<int>(per_sm) : 0;
+  config.most_blocks_per_sm = !config.small && even ? static_cast<int>(per_sm) : 0;
+  // An SM that has to divide its cache anew cannot take CTAs before the others have left, which
+  // small batches wait for: both kernels ask for all of it. In large ones loads on their way to
+  // registers want the cache; CTAs of 16 rows, of which five would have room on an SM, leave the
+  // expand its own then (Qwen3-30B, 512 tokens, w2: 40.6 -> 39.6 us; Qwen3-235B, 1,000 tokens of
+  // rank 8 62.4 -> 59.9).
+  constexpr int kExpandsShare = 72, kManyPairs = 1024;
+  config.shared_percent = config.small                                         ? 100
+                          : config.row_blocks == 1 && s.num_pairs > kManyPairs ? kExpandsShare
+                                                                               : -1;
   return config;
 }
 

@@ -55,9 +55,7 @@ __device__ __forceinline__ void prefetch_part(const MoeShrinkParams& p, const Mo
     const int pair = __ldcg(p.routing.routing + at);
     if (pair >= 0 && pair < p.num_pairs) {
       device::prefetch_l2(
-          static_cast<const T*>(p.x) +
-              static_cast<int>(static_cast<unsigned>(pair) / p.x_divisor) * p.x_stride +
-              work.k_begin,
+          static_cast<const T*>(p.x) + p.x_divisor.token_of(pair) * p.x_stride + work.k_begin,
           bytes);
     }
   }
@@ -92,7 +90,9 @@ __global__ void __launch_bounds__(kMoeThreads, kRowBlocks == 4 && !kWide ? 2 : 3
     prefetch_part<T, 16 * kRowBlocks>(p, work);
   }
   device::grid_dependency_wait();
-  device::grid_dependency_launch();
+  if (!p.expand_later) {
+    device::grid_dependency_launch();
+  }
   const int num_tiles = p.routing.num_tiles();
   const int32_t* permutation = p.routing.permutation();
   int first = blockIdx.y, stride = gridDim.y;
@@ -133,34 +133,23 @@ __global__ void __launch_bounds__(kMoeThreads, kRowBlocks == 4 && !kWide ? 2 : 3
     }
     const T* a = static_cast<const T*>(matrix.a) + tile.slot * matrix.slot_stride +
                  tile.expert * matrix.expert_stride;
-    float scale = 0.0f;  // comes to shared memory later: x waits for the pairs alone
-    if (thread < kMoeTilePairs) {
-      int pair = thread < tile.count ? permutation[tile.start + thread] : -1;
-      pair = pair < p.num_pairs ? pair : -1;
-      shared.pairs[thread] = pair;
-      if (pair >= 0) {
-        scale = p.scalings[tile.slot];
-        if (p.topk_weights != nullptr) {
-          scale *= p.float_weights ? static_cast<const float*>(p.topk_weights)[pair]
-                                   : device::to_float(static_cast<const T*>(p.topk_weights)[pair]);
-        }
-      }
-    }
+    MoeShrinkPair<T> pair{thread < tile.count ? permutation[tile.start + thread] : -1};
     if (many) {
-      __syncthreads();  // the tile's pairs
+      pair.publish(p, tile.slot, shared);
+      __syncthreads();
       if (work.count <= kMoeTilePairs / 2) {
         shrink_many<T, Traits::kManyBlocks, kMoeTilePairs / 2, Traits::kSharedBytes, kVector,
-                    kTwoWays>(p, work, a, matrix.row_stride, scale, share, shared, buffer);
+                    kTwoWays>(p, work, a, matrix.row_stride, pair, share, shared, buffer);
       } else {
         shrink_many<T, Traits::kManyBlocks, kMoeTilePairs, Traits::kSharedBytes, kVector, kTwoWays>(
-            p, work, a, matrix.row_stride, scale, share, shared, buffer);
+            p, work, a, matrix.row_stride, pair, share, shared, buffer);
       }
     } else if (work.count <= 8) {
       shrink_few<T, kRowBlocks, 1, Traits::kSharedBytes, kVector, kTwoWays>(
-          p, work, a, matrix.row_stride, scale, share, shared, buffer);
+          p, work, a, matrix.row_stride, tile.slot, pair, share, shared, buffer);
     } else {
       shrink_few<T, kRowBlocks, 2, Traits::kSharedBytes, kVector, kTwoWays>(
-          p, work, a, matrix.row_stride, scale, share, shared, buffer);
+          p, work, a, matrix.row_stride, tile.slot, pair, share, shared, buffer);
     }
   }
 }
@@ -208,7 +197,7 @@ cudaError_t moe_shrink(const MoeApplyParams& p, const MoeShrinkConfig& config) {
   params.x_stride = p.x_stride;
   params.xa_row_stride = at.row_stride;
   params.xa_plane = at.plane;
-  params.x_divisor = p.x_divisor;
+  params.x_divisor = MoePairDivisor(p.x_divisor);
   params.num_slots = p.num_slots;
   params.num_experts = p.num_experts;
   params.num_pairs = static_cast<int32_t>(p.num_pairs);
@@ -223,7 +212,9 @@ cudaError_t moe_shrink(const MoeApplyParams& p, const MoeShrinkConfig& config) {
   params.split_features = config.split_features;
   params.blocks_per_matrix = config.blocks / num_matrices;
   params.prefetch_features = config.prefetch_features;
-  params.packed = p.a.rows_by_rank;
+  // Copies of the expand would come before those of a shrink that has nothing in L2 yet.
+  params.expand_later = config.prefetch_features == 0;
+  params.packed = p.a.rows_by_rank && p.slices.count > 1;
   params.float_weights = p.weights_dtype == DType::kFloat32;
   for (int i = 0; i < num_matrices; ++i) {
     params.matrices[i] = {p.a.base[i], p.a.slot_stride[i], p.a.expert_stride[i], p.a.row_stride[i]};
@@ -239,14 +230,13 @@ cudaError_t moe_shrink(const MoeApplyParams& p, const MoeShrinkConfig& config) {
   shape.threads = kMoeThreads;
   shape.cluster = config.members;
   shape.dependent = true;
-  shape.shared_percent = moe_shared_percent(config);
+  shape.shared_percent = config.shared_percent;
   // Two slices up to rank 16, whose expand is small enough to be beside two such CTAs; or more
   // rows, where many have work on an SM alone (T512 shared, rank 64: 53.9 -> 51.0 us, but T32 45.1
   // -> 45.6).
   const bool deep =
       p.num_pairs <= kThirdBlockPairs &&
-      (wide ? p.num_pairs >= kDeepPairs
-            : p.max_rank <= 16 && config.prefetch_features == 0 && config.members == 1);
+      (wide ? p.num_pairs >= kDeepPairs : p.max_rank <= 16 && !config.small && config.members == 1);
   return dispatch_half(p.dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     if (!vector) {

@@ -16,9 +16,9 @@ namespace lora_ext::cuda {
 // could have read for it. Of up to kPairs pairs: the fewer have room, the more steps do.
 template <typename T, int kBlocks, int kPairs, int kBufferBytes, bool kVector, bool kTwoWays>
 __device__ __forceinline__ void shrink_many(const MoeShrinkParams& p, const MoeShrinkWork& work,
-                                            const T* a, int64_t a_stride, float scale,
-                                            MoeShrinkShare& share, MoeShrinkShared& shared,
-                                            unsigned char* buffer) {
+                                            const T* a, int64_t a_stride,
+                                            const MoeShrinkPair<T>& own_pair, MoeShrinkShare& share,
+                                            MoeShrinkShared& shared, unsigned char* buffer) {
   constexpr int kPiece = 64;  // values of K, 128 bytes of a row, which the swizzle spans
   constexpr int kStageBytes = (16 * kBlocks + kPairs) * kPiece * 2;
   // Products read 64 rows of x, so behind the last stage there is as much as they go beyond it.
@@ -35,11 +35,9 @@ __device__ __forceinline__ void shrink_many(const MoeShrinkParams& p, const MoeS
 #pragma unroll
   for (int i = 0; i < kCopiesX; ++i) {
     const int pair = shared.pairs[row + kCopyRows * i];
-    x_rows[i] = pair >= 0
-                    ? static_cast<const T*>(p.x) +
-                          static_cast<int>(static_cast<unsigned>(pair) / p.x_divisor) * p.x_stride +
-                          8 * chunk
-                    : nullptr;
+    x_rows[i] =
+        pair >= 0 ? static_cast<const T*>(p.x) + p.x_divisor.token_of(pair) * p.x_stride + 8 * chunk
+                  : nullptr;
   }
   const T* const a_row = a + (work.row0 + row) * a_stride + 8 * chunk;
   const int64_t a_step = kCopyRows * a_stride;
@@ -82,8 +80,9 @@ __device__ __forceinline__ void shrink_many(const MoeShrinkParams& p, const MoeS
   for (int step = 1; step < kStages; ++step) {
     fetch();
   }
-  if (thread < kMoeTilePairs) {
-    shared.scales[thread] = scale;
+  own_pair.publish_scale(p, shared);
+  if (p.expand_later) {
+    device::grid_dependency_launch();
   }
   float* const out = p.xa + work.split * p.xa_plane;
   // Where row r of A goes in a row of the intermediate; -1: nowhere.

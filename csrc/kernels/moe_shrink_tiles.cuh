@@ -24,9 +24,11 @@ struct alignas(64) MoeShrinkParams {
   const void *x, *topk_weights;
   float* xa;
   int64_t x_stride, xa_row_stride, xa_plane;
-  int32_t x_divisor, num_slots, num_experts, num_pairs, in_features, max_rank;
+  MoePairDivisor x_divisor;
+  int32_t num_slots, num_experts, num_pairs, in_features, max_rank;
   int32_t xa_rank_stride, num_slices, splits, split_features, blocks_per_matrix, prefetch_features;
   bool packed, float_weights;
+  bool expand_later;  // it may start when the first copies are on their way, not at once
   MoeShrinkMatrix matrices[kMaxSlices];         // one where A is packed
   int32_t members, member_features, few_tiles;  // see MoeShrinkConfig; read where CTAs share
 };
@@ -49,6 +51,43 @@ struct MoeShrinkTraits {
   static constexpr int kSteps = kWide ? (kDeep ? 4 : 3) : kDeep ? 8 : 4;
   static constexpr int kSharedBytes = kSteps * (16 * kManyBlocks + kMoeTilePairs) * 128;
   static_assert(kMoeWarps * static_cast<int>(sizeof(Sums)) <= kSharedBytes);
+};
+
+// A thread's pair of the tile, and what its sums are scaled by, all of which may be on their way:
+// nothing waits for what it is not about to use.
+template <typename T>
+struct MoeShrinkPair {
+  int pair;  // as in the permutation
+  float scaling;
+  uint32_t weight;  // its bits
+
+  // The pair goes to shared memory, and the scales are asked for.
+  __device__ __forceinline__ void publish(const MoeShrinkParams& p, int slot,
+                                          MoeShrinkShared& shared) {
+    const int thread = threadIdx.x;
+    scaling = 0.0f;
+    weight = 0;
+    if (thread >= kMoeTilePairs) {
+      return;
+    }
+    pair = pair < p.num_pairs ? pair : -1;
+    shared.pairs[thread] = pair;
+    if (pair >= 0) {
+      scaling = p.scalings[slot];
+      if (p.topk_weights != nullptr) {
+        weight = p.float_weights ? static_cast<const uint32_t*>(p.topk_weights)[pair]
+                                 : static_cast<const uint16_t*>(p.topk_weights)[pair];
+      }
+    }
+  }
+  __device__ __forceinline__ void publish_scale(const MoeShrinkParams& p,
+                                                MoeShrinkShared& shared) const {
+    if (threadIdx.x < kMoeTilePairs) {
+      shared.scales[threadIdx.x] = p.topk_weights == nullptr ? scaling
+                                   : p.float_weights         ? scaling * __uint_as_float(weight)
+                                                     : scaling * device::unpack<T>(weight, 0);
+    }
+  }
 };
 
 struct MoeShrinkWork {
@@ -91,13 +130,13 @@ __device__ __forceinline__ void store_rows(const MoeShrinkParams& p, const MoeSh
   if (!p.packed) {  // what lies behind the rank is never used
     *reinterpret_cast<float4*>(to + work.matrix * p.xa_rank_stride + row) = sum;
   } else if (work.rank % 4 == 0) {
-    const int slice = row / work.rank;
+    const int slice = small_quotient(row, work.rank);
     *reinterpret_cast<float4*>(to + slice * p.xa_rank_stride + row - slice * work.rank) = sum;
   } else {
     const float values[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const int slice = (row + e) / work.rank;
+      const int slice = small_quotient(row + e, work.rank);
       if (row + e < work.rows) {
         to[slice * p.xa_rank_stride + row + e - slice * work.rank] = values[e];
       }
@@ -176,13 +215,12 @@ __device__ __forceinline__ void finish_sums(const MoeShrinkParams& p, const MoeS
 
 // Few pairs: kBlocks blocks of 8. Neighbouring warps take neighbouring 64-byte pieces of the same
 // rows, so that DRAM sees runs, and copy them, some steps ahead, to where the same lane reads them:
-// no barrier stands between a copy and its use, and loads in flight take no registers. `scale`, of
-// pair threadIdx.x, may still be on its way.
+// no barrier stands between a copy and its use, and loads in flight take no registers.
 template <typename T, int kRowBlocks, int kBlocks, int kBufferBytes, bool kVector, bool kTwoWays>
 __device__ __forceinline__ void shrink_few(const MoeShrinkParams& p, const MoeShrinkWork& work,
-                                           const T* a, int64_t a_stride, float scale,
-                                           MoeShrinkShare& share, MoeShrinkShared& shared,
-                                           unsigned char* buffer) {
+                                           const T* a, int64_t a_stride, int slot,
+                                           MoeShrinkPair<T> pair, MoeShrinkShare& share,
+                                           MoeShrinkShared& shared, unsigned char* buffer) {
   using Traits = MoeShrinkTraits<kRowBlocks, false>;
   constexpr int kWeights = 2 * kRowBlocks, kChunks = kWeights + kBlocks;  // of a lane in a step
   constexpr int kSlotBytes = kMoeThreads * 16, kStageBytes = kChunks * kSlotBytes;
@@ -219,28 +257,36 @@ __device__ __forceinline__ void shrink_few(const MoeShrinkParams& p, const MoeSh
     }
   };
   const int ahead = min(kStages - 1, steps);
-#pragma unroll 1
-  for (int step = 0; step < ahead; ++step) {
-    copy_weights(step, own + step * kStageBytes);
+  // The weights of two steps are asked for before anything waits for the pairs; of more, x would
+  // queue behind them.
+  constexpr int kFirst = 2;
+#pragma unroll
+  for (int step = 0; step < kFirst; ++step) {
+    if (step < ahead) {
+      copy_weights(step, own + step * kStageBytes);
+    }
   }
-  __syncthreads();  // the tile's pairs, on their way behind the first weights
+  pair.publish(p, slot, shared);
+  __syncthreads();
 #pragma unroll
   for (int n = 0; n < kBlocks; ++n) {
-    const int pair = shared.pairs[8 * n + g];
-    tokens[n] = pair >= 0
-                    ? static_cast<const T*>(p.x) +
-                          static_cast<int>(static_cast<unsigned>(pair) / p.x_divisor) * p.x_stride
-                    : nullptr;
+    const int of = shared.pairs[8 * n + g];
+    tokens[n] =
+        of >= 0 ? static_cast<const T*>(p.x) + p.x_divisor.token_of(of) * p.x_stride : nullptr;
   }
 #pragma unroll 1
   for (int step = 0; step < kStages - 1; ++step) {
     if (step < ahead) {
+      if (step >= kFirst) {
+        copy_weights(step, own + step * kStageBytes);
+      }
       copy_tokens(step, own + step * kStageBytes);
     }
     device::copy_async_commit();
   }
-  if (thread < kMoeTilePairs) {
-    shared.scales[thread] = scale;
+  pair.publish_scale(p, shared);
+  if (p.expand_later) {
+    device::grid_dependency_launch();
   }
   float acc[kRowBlocks][kBlocks][4] = {};
   int fill_at = (kStages - 1) * kStageBytes, use_at = 0;

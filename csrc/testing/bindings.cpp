@@ -262,7 +262,12 @@ void bind_moe(py::module_& m) {
       .def_readonly("member_features", &MoeShrinkConfig::member_features)
       .def_readonly("few_tiles", &MoeShrinkConfig::few_tiles)
       .def_readonly("prefetch_features", &MoeShrinkConfig::prefetch_features)
-      .def_readonly("most_blocks_per_sm", &MoeShrinkConfig::most_blocks_per_sm);
+      .def_readonly("most_blocks_per_sm", &MoeShrinkConfig::most_blocks_per_sm)
+      .def_readonly("small", &MoeShrinkConfig::small)
+      .def_readonly("shared_percent", &MoeShrinkConfig::shared_percent);
+  m.def(
+      "moe_token_of", [](int pair, int divisor) { return MoePairDivisor(divisor).token_of(pair); },
+      "pair"_a, "divisor"_a);
   m.def(
       "moe_shrink_config",
       [](int64_t num_pairs, int64_t num_groups, int64_t num_experts, int64_t in_features,
