@@ -109,7 +109,7 @@ __device__ __forceinline__ void shrink_wgmma_piece(const ShrinkWork& work, const
   if (multiplies) {
     multiply_piece<T, Traits>(piece, sums, ring);
   } else {
-    copy_piece<T, Traits>(work, maps, piece, first_column, ring);
+    copy_piece<T, Traits, kWay>(work, maps, piece, first_column, ring);
   }
   const float scaling = p.scalings[piece.tile.slot];
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
