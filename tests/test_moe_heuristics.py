@@ -284,9 +284,36 @@ def test_moe_grids_of_few_pairs_are_what_is_resident_at_once() -> None:
     assert per_sm(num_pairs=1025, row_blocks=1, wide=False) == 32
     per_sm = testing.moe_expand_blocks_per_sm
     few = dict(num_pairs=256, num_groups=1024, sm_count=132)
-    assert per_sm(blocks=4, units=2, **few) == 4
-    assert per_sm(blocks=5, units=2, **few) == 16
-    assert per_sm(blocks=4, units=1, **few) == 16
+    assert per_sm(blocks=4, units=2, dense=False, **few) == 4
+    assert per_sm(blocks=5, units=2, dense=False, **few) == 16
+    assert per_sm(blocks=4, units=1, dense=False, **few) == 16
+    assert per_sm(blocks=4, units=2, dense=True, **few) == 16
+
+
+@pytest.mark.parametrize(
+    ("dense", "num_pairs", "num_groups", "num_experts", "blocks"),
+    [
+        (True, 384, 1024, 128, 6),  # Qwen3-235B, w13
+        (True, 384, 128, 128, 6),  # of one adapter
+        (False, 64, 1024, 128, 6),  # too few pairs for as many tiles
+        (False, 384, 1024, 128, 5),
+        (False, 1024, 1024, 128, 4),  # Qwen3-30B, w2
+        (False, 64, 64, 8, 56),  # Mixtral, w13: eight tiles of one adapter
+        (True, 4000, 256, 32, 12),  # gpt-oss-20b, w13: tiles of 64 pairs
+        (False, 4000, 256, 32, 6),
+    ],
+)
+def test_the_moe_expand_is_dense_where_one_adapter_fills_the_sms(
+    dense: bool, num_pairs: int, num_groups: int, num_experts: int, blocks: int
+) -> None:
+    is_dense = testing.moe_expand_is_dense(
+        num_pairs=num_pairs,
+        num_groups=num_groups,
+        num_experts=num_experts,
+        blocks=blocks,
+        sm_count=132,
+    )
+    assert is_dense == dense
 
 
 @given(

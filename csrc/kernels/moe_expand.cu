@@ -23,10 +23,11 @@ constexpr int held_bytes() {
 }
 
 // As many CTAs on an SM as registers hold without spilling.
-template <typename T, typename Y, int kChunk, bool kAll, bool kVector, int kUnits, bool kShares>
+template <typename T, typename Y, int kChunk, bool kAll, bool kVector, int kUnits, bool kShares,
+          bool kAhead>
 constexpr int expand_min_blocks() {
   if (kUnits == 2) {
-    return (kChunk == 4 ? 4 : 3) - (device::kNeedsScale<T> ? 1 : 0);
+    return (kChunk == 4 ? kAhead ? 4 : 6 : kAhead ? 3 : 4) - (device::kNeedsScale<T> ? 1 : 0);
   }
   const int fewer = sizeof(Y) == 4                                  ? kChunk == 4 ? 2 : 1
                     : device::kNeedsScale<T> || !kVector || kShares ? 1
@@ -37,11 +38,12 @@ constexpr int expand_min_blocks() {
 // kChunk: neighbouring ranks that a lane holds, 4 for pools of rank up to 16, else 8. kAll: no slot
 // has more ranks than are held; else the others' weights are read again for every eight pairs.
 // kUnits: neighbouring units of columns that a warp takes. kShares: knows how lanes without a pair
-// help to add up the parts of K, which costs the others.
+// help to add up the parts of K, which costs the others. kAhead: asks for y and xa of the next
+// eight pairs before it multiplies; without, registers hold half as many CTAs more.
 template <typename T, typename Y, int kChunk, int kHeld, bool kAll, bool kVector, int kUnits = 1,
-          bool kShares = false>
+          bool kShares = false, bool kAhead = true>
 __global__ void __launch_bounds__(
-    kMoeThreads, (expand_min_blocks<T, Y, kChunk, kAll, kVector, kUnits, kShares>()))
+    kMoeThreads, (expand_min_blocks<T, Y, kChunk, kAll, kVector, kUnits, kShares, kAhead>()))
     moe_expand_kernel(const __grid_constant__ MoeExpandParams p) {
   static_assert(kUnits == 1 || (kVector && kAll));
   using Weights = UnitWeights<kChunk, kHeld>;
@@ -86,7 +88,9 @@ __global__ void __launch_bounds__(
         pairs[i] = at < tile.count ? permutation[tile.start + at] : -1;
       }
     };
-    if constexpr (kChunk == 8) {  // beside the rank; of four ranks a lane B had better come first
+    // Beside the rank, or, of four ranks a lane, behind B, which had better come first then.
+    constexpr bool kPairsFirst = kChunk == 8 || !kAhead;
+    if constexpr (kPairsFirst) {
       load_pairs();
     }
     const int rank = min(p.ranks[tile.slot], p.max_rank);
@@ -130,7 +134,7 @@ __global__ void __launch_bounds__(
       }
     }
     device::copy_async_commit();
-    if constexpr (kChunk == 4) {
+    if constexpr (!kPairsFirst) {
       load_pairs();
     }
 #pragma unroll
@@ -187,13 +191,17 @@ __global__ void __launch_bounds__(
     device::copy_async_wait<0>();
     Weights::meet();
     for (int round = 0; round < rounds; ++round) {
+      if (!kAhead && round > 0) {
+        load_y(round);
+        load_next_xa(round);
+      }
       xa = next_xa;
       device::Outputs<Y> outputs[kUnits][2];
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) {
         outputs[u][0] = next[u][0], outputs[u][1] = next[u][1];
       }
-      if (round + 1 < rounds) {
+      if (kAhead && round + 1 < rounds) {
         load_y(round + 1);
         load_next_xa(round + 1);
       }
@@ -286,10 +294,16 @@ auto held_kernel(bool vector, bool shares) {
   return moe_expand_kernel<T, Y, kChunk, kHeld, true, true, 1, true>;
 }
 
+template <typename T, typename Y, int kChunk>
+auto two_units_kernel(bool dense) {
+  return dense ? moe_expand_kernel<T, Y, kChunk, 1, true, true, 2, false, false>
+               : moe_expand_kernel<T, Y, kChunk, 1, true, true, 2>;
+}
+
 enum class Way { kFew, kMany, kWgmma };
 
 template <typename T, typename Y>
-cudaError_t launch(const MoeExpandParams& params, bool vector, Way way, int units,
+cudaError_t launch(const MoeExpandParams& params, bool vector, Way way, int units, bool dense,
                    LaunchShape shape, void* stream) {
   const auto launch_held = [&](auto kernel, int bytes) {
     shape.shared_bytes = bytes;
@@ -317,9 +331,8 @@ cudaError_t launch(const MoeExpandParams& params, bool vector, Way way, int unit
   }
   if constexpr (sizeof(Y) == 2) {
     if (units == 2) {
-      return narrow
-                 ? launch_held(moe_expand_kernel<T, Y, 4, 1, true, true, 2>, held_bytes<4, 1, 2>())
-                 : launch_held(moe_expand_kernel<T, Y, 8, 1, true, true, 2>, held_bytes<8, 1, 2>());
+      return narrow ? launch_held(two_units_kernel<T, Y, 4>(dense), held_bytes<4, 1, 2>())
+                    : launch_held(two_units_kernel<T, Y, 8>(dense), held_bytes<8, 1, 2>());
     }
   }
   if (narrow) {
@@ -397,9 +410,12 @@ cudaError_t moe_expand(const MoeApplyParams& p, const MoeShrinkConfig& config) {
   }
   LaunchShape shape{};
   const int blocks = static_cast<int>(ceil_div(units, block_units));
-  const int most_per_sm = way == Way::kFew ? moe_expand_blocks_per_sm(p.num_pairs, moe_groups(p),
-                                                                      blocks, warp_units, sm_count)
-                                           : 32;
+  const bool dense = warp_units == 2 && moe_expand_is_dense(p.num_pairs, moe_groups(p),
+                                                            p.num_experts, blocks, sm_count);
+  const int most_per_sm = way == Way::kFew
+                              ? moe_expand_blocks_per_sm(p.num_pairs, moe_groups(p), blocks,
+                                                         warp_units, dense, sm_count)
+                              : 32;
   shape.grid = dim3(static_cast<unsigned>(blocks),
                     static_cast<unsigned>(
                         moe_grid_tiles(p.num_pairs, moe_groups(p), blocks, sm_count, most_per_sm)));
@@ -409,7 +425,7 @@ cudaError_t moe_expand(const MoeApplyParams& p, const MoeShrinkConfig& config) {
   shape.shared_percent = config.small ? config.shared_percent : -1;
   return dispatch_half_output(p.dtype, p.y_dtype, [&](auto t, auto y) {
     return launch<typename decltype(t)::type, typename decltype(y)::type>(
-        params, vector, way, warp_units, shape, p.stream);
+        params, vector, way, warp_units, dense, shape, p.stream);
   });
 }
 

@@ -208,6 +208,15 @@ inline int moe_expand_units(int64_t num_pairs, int64_t num_groups, int64_t colum
   return max_rank <= 32 && b_bytes > 64 * 1024 * int64_t{sm_count} ? 2 : 1;
 }
 
+// Whether it had better have more CTAs on an SM, six of two units a warp instead of four, than ask
+// for y ahead: where the tiles of even one adapter keep so many busy. With fewer they would crowd
+// on some SMs (Qwen3-235B of one and of eight adapters -3 to -7 %, Qwen3-30B +5 and -4 %).
+inline bool moe_expand_is_dense(int64_t num_pairs, int64_t num_groups, int64_t num_experts,
+                                int blocks, int sm_count) {
+  const int64_t one_slot = likely_moe_tiles(num_pairs, std::min(num_groups, num_experts));
+  return one_slot * blocks >= 5 * int64_t{sm_count};
+}
+
 // CTAs an SM that the shrink's grid has at most; beyond, each takes several tiles. CTAs that find
 // none keep the expand from starting, so that with few pairs there are no more than are resident at
 // once (Qwen3-30B, 128 tokens of one adapter: w13 of rank 64 35.7 -> 33.0 us, rank 16 14.2
@@ -222,9 +231,9 @@ inline int moe_shrink_blocks_per_sm(int64_t num_pairs, int row_blocks, bool wide
 // The same of the expand of few pairs, `blocks` of them for a tile: as many as are resident, where
 // two rounds of them will do (32 tokens of one adapter, w2: 8.4 -> 7.1 us).
 inline int moe_expand_blocks_per_sm(int64_t num_pairs, int64_t num_groups, int blocks, int units,
-                                    int sm_count) {
+                                    bool dense, int sm_count) {
   const int64_t likely = likely_moe_tiles(num_pairs, num_groups) * blocks;
-  return units == 2 && likely <= 8 * int64_t{sm_count} ? 4 : 16;
+  return units == 2 && !dense && likely <= 8 * int64_t{sm_count} ? 4 : 16;
 }
 
 // Whether parts of K are so many that in the expand lanes without a pair had better take some of

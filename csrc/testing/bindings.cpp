@@ -237,7 +237,9 @@ void bind_moe(py::module_& m) {
   m.def("moe_shrink_blocks_per_sm", &moe_shrink_blocks_per_sm, py::kw_only(), "num_pairs"_a,
         "row_blocks"_a, "wide"_a);
   m.def("moe_expand_blocks_per_sm", &moe_expand_blocks_per_sm, py::kw_only(), "num_pairs"_a,
-        "num_groups"_a, "blocks"_a, "units"_a, "sm_count"_a);
+        "num_groups"_a, "blocks"_a, "units"_a, "dense"_a, "sm_count"_a);
+  m.def("moe_expand_is_dense", &moe_expand_is_dense, py::kw_only(), "num_pairs"_a, "num_groups"_a,
+        "num_experts"_a, "blocks"_a, "sm_count"_a);
   py::class_<MoeJointConfig>(m, "MoeJointConfig")
       .def_readonly("cluster", &MoeJointConfig::cluster)
       .def_readonly("blocks", &MoeJointConfig::blocks);
