@@ -257,14 +257,10 @@ __device__ __forceinline__ void shrink_few(const MoeShrinkParams& p, const MoeSh
     }
   };
   const int ahead = min(kStages - 1, steps);
-  // The weights of two steps are asked for before anything waits for the pairs; of more, x would
-  // queue behind them.
-  constexpr int kFirst = 2;
-#pragma unroll
-  for (int step = 0; step < kFirst; ++step) {
-    if (step < ahead) {
-      copy_weights(step, own + step * kStageBytes);
-    }
+  // The weights of a step are asked for before anything waits for the pairs; behind more of them x
+  // would queue.
+  if (ahead > 0) {
+    copy_weights(0, own);
   }
   pair.publish(p, slot, shared);
   __syncthreads();
@@ -277,7 +273,7 @@ __device__ __forceinline__ void shrink_few(const MoeShrinkParams& p, const MoeSh
 #pragma unroll 1
   for (int step = 0; step < kStages - 1; ++step) {
     if (step < ahead) {
-      if (step >= kFirst) {
+      if (step > 0) {
         copy_weights(step, own + step * kStageBytes);
       }
       copy_tokens(step, own + step * kStageBytes);
