@@ -14,7 +14,8 @@ constexpr int kDecodeWgmmaCtas = 3;  // of an SM: what shared memory has room fo
 // kSpan: ranks of a step, that the swizzle of a row spans.
 template <int kSpan>
 struct DecodeWgmmaTraits {
-  static constexpr int kStages = kSpan == 32 ? 3 : 2;
+  static constexpr int kStages = 2;  // with more on its way it is slower
+  static constexpr int kAhead = 2;   // blocks whose y is on its way to L2
   static constexpr int kRowBytes = kSpan * 2;
   static constexpr int kStageBytes = kExpandColumns * kRowBytes;
   static constexpr int kXaTile = kTileTokens * kRowBytes;  // of either half, low behind high
@@ -112,11 +113,20 @@ __device__ __forceinline__ void decode_wgmma_blocks(const DecodeExpandParams& p,
   for (int s = 0; s < kStages; ++s) {
     fetch(s);
   }
-#pragma unroll
-  for (int o = 0; o < 4; ++o) {  // y to L2, as it may be yet to be written
-    if (g == 0 && exists(o, first * kExpandColumns)) {
-      device::prefetch_line(row_of(o, first * kExpandColumns));
+  // y to L2, since before the wait it may be yet to be written, and registers have room for no more
+  // than the next block's: a warp's columns, a line for each token and lane.
+  const auto prefetch_y = [&](int block) {
+    constexpr int kLines = kUnitColumns * static_cast<int>(sizeof(Y)) / 128;
+    const int column =
+        block * kExpandColumns + warp * kUnitColumns + lane / kTileTokens * (kUnitColumns / kLines);
+    if (lane < kLines * kTileTokens && t.token >= 0 && block < last && column < from.width) {
+      device::prefetch_line(static_cast<const Y*>(p.y) + t.token * p.y_stride + from.first_column +
+                            column);
     }
+  };
+#pragma unroll 1
+  for (int d = 0; d < Traits::kAhead; ++d) {
+    prefetch_y(first + d);
   }
 
   PartialProducts xa(p.batch, t, tile, slice, num_tiles);
@@ -186,6 +196,7 @@ __device__ __forceinline__ void decode_wgmma_blocks(const DecodeExpandParams& p,
     }
     if (block + 1 < last) {
       load_y(column + kExpandColumns);
+      prefetch_y(block + 1 + Traits::kAhead);
     }
   }
 }

@@ -213,7 +213,23 @@ __global__ void __launch_bounds__(WideShrinkTraits::kBound, 2)
         }
       }
     };
+    // To L2: registers have room for no more than the next block's, and its load comes late.
+    const auto prefetch_y = [&](int number) {
+      constexpr int kLines = static_cast<int>(sizeof(Y)) / 2;  // of a lane's two runs of columns
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int m = 0; m < kLines; ++m) {
+          if (q == 0 && exists(number, h, m)) {
+            device::prefetch_line(rows[h] + number * kWideColumns + 32 * m);
+          }
+        }
+      }
+    };
     fetch(block, stage);
+    if (block + 1 < last) {
+      prefetch_y(block + 1);
+    }
     if (!kFollows) {
       load_y(block);
     }
@@ -278,6 +294,9 @@ __global__ void __launch_bounds__(WideShrinkTraits::kBound, 2)
       }
       if (block + 1 < last) {
         load_y(block + 1);
+        if (block + 2 < last) {
+          prefetch_y(block + 2);
+        }
       }
     }
   }
