@@ -106,7 +106,7 @@ def test_every_warp_of_the_decode_shrink_has_work(**shape: int) -> None:
     assert shape["half"]
     assert config.blocks in (1, 2)
     rules = config.split_rules
-    splits = [rules.parts(tiles) for tiles in range(1, 300)]
+    splits = [rules.cuts(tiles).parts(0) for tiles in range(1, 300)]
     assert splits == sorted(splits, reverse=True)
     assert splits[0] == 1 or splits[0] * 32 * 8 < shape["in_features"] + 32 * 8
 
@@ -126,8 +126,37 @@ def test_the_grid_has_room_for_every_part_of_every_number_of_tiles(
     capacity: int, **shape: int
 ) -> None:
     rules = testing.apply_config(batch_invariant=False, **shape).split_rules
-    parts = [tiles * rules.parts(tiles) for tiles in range(1, capacity + 1)]
+    parts = [rules.cuts(tiles).first_part(tiles) for tiles in range(1, capacity + 1)]
     assert rules.all_parts(capacity) >= max(parts)
+
+
+@given(num_tiles=st.integers(1, 300), **{**APPLY, "num_tokens": TOKENS})
+def test_the_parts_of_all_tiles_are_numbered_and_the_longer_ones_come_first(
+    num_tiles: int, **shape: int
+) -> None:
+    config = testing.apply_config(batch_invariant=False, **shape)
+    cuts = config.split_rules.cuts(num_tiles)
+    parts = [cuts.parts(tile) for tile in range(num_tiles)]
+    assert parts == sorted(parts) and 1 <= parts[-1] <= min(16, parts[0] + 1)
+    if config.blocks == 1 or shape["max_rank"] <= 16:  # whose kernels do not look
+        assert parts[0] == parts[-1]
+    numbered = [tile for tile in range(num_tiles) for _ in range(parts[tile])]
+    assert [cuts.tile_of(part) for part in range(len(numbered))] == numbered
+    assert [cuts.first_part(tile) for tile in range(num_tiles)] == [
+        numbered.index(tile) for tile in range(num_tiles)
+    ]
+
+
+def test_tiles_are_cut_unlike_where_ctas_may_be_two_waves() -> None:
+    # 70b `down`, rank 128, 38 tiles of four row groups: 528 CTAs, not 456. In one wave all alike.
+    shape = {"num_tokens": 200, "num_slots": 32, "num_slices": 1, "max_rank": 128, "sm_count": 132}
+    for in_features, parts in ((28672, (3, 4)), (8192, (1, 1))):
+        config = testing.apply_config(
+            in_features=in_features, half=True, batch_invariant=False, **shape
+        )
+        cuts = config.split_rules.cuts(38)
+        assert (cuts.parts(0), cuts.parts(37)) == parts
+        assert cuts.first_part(38) * config.row_groups <= 528
 
 
 @given(
@@ -162,9 +191,11 @@ def test_a_low_rank_puts_the_ctas_of_a_high_one_to_work_on_pieces_of_k(
 @given(tokens=st.lists(TOKENS, min_size=2, max_size=4), **APPLY)
 def test_batch_invariant_means_one_choice_for_all_batches(tokens: list[int], **shape: int) -> None:
     configs = [testing.apply_config(num_tokens=t, batch_invariant=True, **shape) for t in tokens]
-    assert len({(config.decode, config.split_rules.parts(1)) for config in configs}) == 1
+    assert len({(config.decode, config.split_rules.cuts(1).parts(0)) for config in configs}) == 1
     for config in configs:
-        assert config.split_rules.parts(1) == config.split_rules.parts(10**6)
+        for num_tiles in (2, 10**6):
+            cuts = config.split_rules.cuts(num_tiles)
+            assert cuts.parts(0) == cuts.parts(num_tiles - 1) == config.split_rules.cuts(1).parts(0)
 
 
 @given(

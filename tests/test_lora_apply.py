@@ -109,6 +109,17 @@ def test_low_ranks_in_a_pool_of_high_ones(device, tokens, output_slices):
                 assert_same_bits(again, y)
 
 
+def test_tiles_whose_k_is_not_cut_alike(device):
+    # Thirteen tiles of 34 row groups, and CTAs for fifteen parts: two waves of them on 132 SMs.
+    gen = generator("cuts")
+    module = make_module([136, 90], 8448, [8] * 8, torch.bfloat16, device)
+    y, x, batch = random_problem(module, [0] * 100 + [1] * 90, gen)
+    again = y.clone()
+    check_apply(y, x, module, batch, "packed")
+    apply_(again, x, module, module.weights("packed"), batch.plan)
+    assert_same_bits(again, y)
+
+
 @pytest.mark.parametrize("in_features", [1, 2, 7, 16, 31, 64, 100, 129, 1000, 4096, 14336])
 def test_any_in_features(device, in_features):
     for dtype in dtypes_on(device):

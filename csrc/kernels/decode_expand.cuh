@@ -77,12 +77,14 @@ struct PartialProducts {
   const float* scaling_at;
   float scaling;
 
+  // alike: known when this is compiled, where all tiles are cut alike.
   __device__ __forceinline__ PartialProducts(const DecodeBatch& p, const DecodeTile& t, int tile,
-                                             int slice, int num_tiles)
+                                             int slice, int num_tiles, bool alike)
       : scaling_at(p.scalings + t.slot) {
-    const int parts = p.split_rules.parts(num_tiles);
-    const TileShares shares = tile_shares(p, t.rank, parts);
-    first = partial_products(p, tile, parts) + slice * t.rank * kTileTokens;
+    const TileCuts cuts = p.split_rules.cuts(num_tiles);
+    const TileShares shares = tile_shares(p, t.rank, alike ? cuts.least : cuts.parts(tile));
+    const int first_part = alike ? tile * cuts.least : cuts.first_part(tile);
+    first = partial_products(p, first_part) + slice * t.rank * kTileTokens;
     stride = shares.stride, pieces = shares.pieces;
   }
 
@@ -318,7 +320,7 @@ __device__ __forceinline__ void decode_expand_body(const DecodeExpandParams& p, 
   if (!kFollows) {
     device::copy_async_commit();
   }
-  PartialProducts xa(p.batch, t, tile, slice, num_tiles);
+  PartialProducts xa(p.batch, t, tile, slice, num_tiles, kChunk == 4);
   xa.wait();
   if constexpr (kVector && kFollows) {
 #pragma unroll

@@ -164,7 +164,7 @@ __device__ __forceinline__ void decode_expand_blocks(const DecodeExpandParams& p
     fetch();
   }
 
-  PartialProducts xa(p.batch, t, tile, slice, num_tiles);
+  PartialProducts xa(p.batch, t, tile, slice, num_tiles, kByRows);
   xa.wait();
   if (kFollows && !y_there) {
     static_assert(kStages == 2);  // one was fetched, without y

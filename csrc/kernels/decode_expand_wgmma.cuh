@@ -129,7 +129,7 @@ __device__ __forceinline__ void decode_wgmma_blocks(const DecodeExpandParams& p,
     prefetch_y(first + d);
   }
 
-  PartialProducts xa(p.batch, t, tile, slice, num_tiles);
+  PartialProducts xa(p.batch, t, tile, slice, num_tiles, false);
   xa.wait();
   device::Outputs<Y> outputs[4];
   const auto load_y = [&](int column) {

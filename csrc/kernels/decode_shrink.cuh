@@ -28,7 +28,18 @@ struct alignas(64) DecodeShrinkParams {
 // parts follows from.
 struct ShrinkWork {
   DecodeTile tile;
-  int index, num_tiles, parts;  // index: of the tile
+  int num_tiles, index, parts, first_part;  // index: of the tile
+
+  // kAlike: all tiles have as many parts, and a division less is waited for.
+  template <bool kAlike>
+  __device__ __forceinline__ void find_tile(const DecodeBatch& p, int part) {
+    const TileCuts cuts = p.split_rules.cuts(num_tiles);
+    if constexpr (kAlike) {
+      parts = cuts.least, index = small_quotient(part, parts), first_part = index * parts;
+    } else {
+      index = cuts.tile_of(part), parts = cuts.parts(index), first_part = cuts.first_part(index);
+    }
+  }
 };
 
 // The rows and the piece of K of a CTA, of those that its tile has.
@@ -40,7 +51,7 @@ struct ShrinkPiece {
   __device__ __forceinline__ ShrinkPiece(const DecodeBatch& p, const ShrinkWork& work, int part,
                                          int group) {
     const TileShares shares = tile_shares(p, work.tile.rank, work.parts);
-    int piece = part - work.index * work.parts;
+    int piece = part - work.first_part;
     if (group >= shares.groups && shares.groups > 0) {
       const int turn = small_quotient(group, shares.groups);
       group -= turn * shares.groups;
@@ -62,6 +73,7 @@ struct ShrinkPiece {
 // three. Cold, as they are behind a base layer, each would take most of a microsecond. What it
 // reads may be yet to be overwritten, so nothing in it is taken for granted. The barrier is every
 // thread's, whatever it read.
+template <bool kAlike>
 __device__ __forceinline__ ShrinkWork find_work(const DecodeBatch& p, int part) {
   __shared__ int tokens[kShrinkThreads], ranks[kShrinkThreads];
   __shared__ int4 tiles[kShrinkThreads];
@@ -71,8 +83,7 @@ __device__ __forceinline__ ShrinkWork find_work(const DecodeBatch& p, int part) 
   if (p.max_tokens > kShrinkThreads || p.num_slots > kShrinkThreads ||
       p.tile_capacity > kShrinkThreads) {
     work.num_tiles = read_plan<false>(p.header + kNumTiles);
-    work.parts = p.split_rules.parts(work.num_tiles);
-    work.index = small_quotient(part, work.parts);
+    work.template find_tile<kAlike>(p, part);
     work.tile = read_tile<false>(p, work.index, 0, 0);
     return work;
   }
@@ -90,9 +101,8 @@ __device__ __forceinline__ ShrinkWork find_work(const DecodeBatch& p, int part) 
   }
   __syncthreads();
   work.num_tiles = num_tiles;
-  work.parts = p.split_rules.parts(work.num_tiles);
+  work.template find_tile<kAlike>(p, part);
   work.tile = {-1, 0, 0, 0, -1};
-  work.index = small_quotient(part, work.parts);
   const int4 raw = tiles[min(work.index, p.tile_capacity - 1)];
   if (raw.x >= 0 && raw.x < p.num_slots && work.index < p.tile_capacity) {
     const int entry = thread % kTileTokens;
@@ -104,14 +114,14 @@ __device__ __forceinline__ ShrinkWork find_work(const DecodeBatch& p, int part) 
 }
 
 // The second look, at a plan that is final, with the first one to go by.
+template <bool kAlike>
 __device__ __forceinline__ ShrinkWork read_work(const DecodeBatch& p, int part,
                                                 const ShrinkWork& guess) {
   ShrinkWork work = guess;
   work.num_tiles = read_plan<true>(p.header + kNumTiles);
   work.tile = read_tile<true>(p, guess.index, guess.tile.slot, guess.tile.start);
   if (work.num_tiles != guess.num_tiles) {
-    work.parts = p.split_rules.parts(work.num_tiles);
-    work.index = small_quotient(part, work.parts);
+    work.template find_tile<kAlike>(p, part);
     work.tile = read_tile<true>(p, work.index, 0, 0);
   }
   return work;
@@ -157,8 +167,7 @@ __device__ __forceinline__ void load_chunk(device::Chunk<T, 8>& chunk, const T* 
 template <int kBlocks>
 struct DecodeShrinkTraits {
   static constexpr int kRows = 16 * kBlocks;
-  // 32-wide K steps of a warp whose loads are in flight together: as many as registers hold.
-  static constexpr int kSteps = kBlocks == 1 ? 5 : 3;
+  static constexpr int kSteps = shrink_steps(kBlocks);
   // Whether there are registers to look the plan up again while the first loads are on their way.
   static constexpr bool kSpeculates = kBlocks == 1;
   static constexpr int kPartialStride = kTileTokens + 4;  // float2 stores hit distinct banks
@@ -300,7 +309,7 @@ __device__ __forceinline__ void decode_shrink_body(const DecodeShrinkParams& p, 
     if (confirmed) {
       break;
     }
-    work = read_work(p.batch, part, work);
+    work = read_work < kBlocks == 1 > (p.batch, part, work);
     piece = ShrinkPiece(p.batch, work, part, group);
     confirmed = true;
   } while (piece.rows > 0);
@@ -320,7 +329,7 @@ __device__ __forceinline__ void decode_shrink_body(const DecodeShrinkParams& p, 
     }
   }
   __syncthreads();
-  float* out = partial_products(p.batch, work.index, work.parts) + piece.sums_at;
+  float* out = partial_products(p.batch, work.first_part) + piece.sums_at;
 #pragma unroll
   for (int i = thread; i < kRows * kTileTokens / 4; i += kShrinkThreads) {
     const int row = i / (kTileTokens / 4), token = i % (kTileTokens / 4) * 4;
@@ -354,7 +363,7 @@ __global__ void __launch_bounds__(kShrinkThreads, 2)
     device::grid_dependency_wait();
     return;
   }
-  ShrinkWork work = find_work(p.batch, part);
+  ShrinkWork work = find_work < kBlocks == 1 > (p.batch, part);
   ShrinkPiece piece(p.batch, work, part, group);
   const bool likely = !kGeneral && !kBeside && piece.rows > 0;
   if (likely) {
@@ -366,7 +375,7 @@ __global__ void __launch_bounds__(kShrinkThreads, 2)
       device::grid_dependency_wait();
     }
     device::grid_dependency_launch();
-    work = read_work(p.batch, part, work);
+    work = read_work < kBlocks == 1 > (p.batch, part, work);
     piece = ShrinkPiece(p.batch, work, part, group);
     if (piece.rows == 0) {
       return;

@@ -23,7 +23,7 @@ struct DecodeBatch {
   const Tile* tiles;
   const int32_t *permutation, *ranks;
   const float* scalings;
-  float* partial;  // of each tile room for [part][row_groups * group_rows][16 tokens]
+  float* partial;  // room for [part of a tile][row_groups * group_rows][16 tokens]
   SplitRules split_rules;
   int32_t tile_capacity, max_tokens, num_slots, num_tokens, max_rank, num_slices, in_features;
   int32_t row_groups, group_rows_log;  // CTAs of the shrink for a part of K, and rows of each
@@ -33,10 +33,10 @@ __device__ __forceinline__ TileShares tile_shares(const DecodeBatch& p, int rank
   return TileShares(p.row_groups, p.group_rows_log, rank * p.num_slices, parts);
 }
 
-// Where a tile's partial products begin.
-__device__ __forceinline__ float* partial_products(const DecodeBatch& p, int tile, int parts) {
+// Where the partial products of a tile begin, given its first part.
+__device__ __forceinline__ float* partial_products(const DecodeBatch& p, int first_part) {
   const int rows = p.row_groups << p.group_rows_log;
-  return p.partial + int64_t{tile} * parts * (rows * kTileTokens);
+  return p.partial + int64_t{first_part} * (rows * kTileTokens);
 }
 
 // What a CTA must know before its first load of weights; `token` is that of entry lane % 16.

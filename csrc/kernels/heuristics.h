@@ -81,22 +81,46 @@ LORA_EXT_HOST_DEVICE inline int small_quotient(int number, int divisor) {
 #endif
 }
 
-// Into how many parts the decode shrink cuts K. Only the device knows how many tiles there are, so
-// that a batch of one adapter among hundreds of slots is cut as it should be.
+// Into how many parts the decode shrink cuts the K of each of a batch's tiles: those from
+// `first_longer` on have one more than the others.
+struct TileCuts {
+  int least, first_longer;
+
+  LORA_EXT_HOST_DEVICE int parts(int tile) const { return least + (tile >= first_longer); }
+  // All parts are numbered, tile by tile.
+  LORA_EXT_HOST_DEVICE int first_part(int tile) const {
+    return tile * least + (tile > first_longer ? tile - first_longer : 0);
+  }
+  LORA_EXT_HOST_DEVICE int tile_of(int part) const {
+    const int rest = part - first_longer * least;
+    const bool longer = rest >= 0;
+    return (longer ? first_longer : 0) + small_quotient(longer ? rest : part, least + longer);
+  }
+};
+
+// Only the device knows how many tiles there are, so that a batch of one adapter among hundreds of
+// slots is cut as it should be.
 struct SplitRules {
   static constexpr int kCount = 3;
   static constexpr int kMostParts = 16;  // the expand adds them up, latency it pays
+  bool alike;                            // all tiles are cut alike
   int8_t most_parts[kCount];             // of a tile, as long as
   int32_t most_ctas[kCount];             // of a row group are no more than this
 
-  LORA_EXT_HOST_DEVICE int parts(int num_tiles) const {
-    int result = 1;
+  // But where CTAs may be more than have room at once, as many as may be: the first tiles' parts
+  // are the longer ones (70b `down`, rank 128, 200 tokens zipf: 85.3 -> 82.5 us; in one wave, where
+  // the longest part counts, up to 8 % slower).
+  LORA_EXT_HOST_DEVICE TileCuts cuts(int num_tiles) const {
+    const int tiles = num_tiles > 0 ? num_tiles : 1;
+    int least = 1;
     for (int i = 0; i < kCount; ++i) {
-      const int fitting = small_quotient(most_ctas[i], num_tiles > 0 ? num_tiles : 1);
+      const int fitting = small_quotient(most_ctas[i], tiles);
       const int parts = fitting < most_parts[i] ? fitting : most_parts[i];
-      result = parts > result ? parts : result;
+      least = parts > least ? parts : least;
     }
-    return result;
+    const int left = most_ctas[kCount - 1] - least * tiles;
+    const bool longer = !alike && least < most_parts[kCount - 1] && left > 0;
+    return {least, longer ? tiles - left : tiles};
   }
   // Most parts of up to `capacity` tiles together: the grid, and the room for partial products.
   int64_t all_parts(int64_t capacity) const {
@@ -157,19 +181,26 @@ inline int64_t resident_blocks(int sm_count, int per_sm, int cluster) {
   return cluster == 1 ? int64_t{sm_count} * per_sm : int64_t{sm_count} * per_sm * 3 / 4;
 }
 
+// Steps of a warp of the decode shrink whose loads are on their way together, as many as registers
+// hold, with so many blocks of 16 rows of A.
+constexpr int shrink_steps(int blocks) { return blocks == 1 ? 5 : 3; }
+
 // Few CTAs for a small problem, so that the expand's find room beside them and have B and y ready
-// in time; more where a warp would else have many rounds of loads to wait for, at most as many as
-// have room at once: a second wave takes as long as the first. But CTAs with more than 32 rounds
-// may be two waves: few and long ones would leave places empty (70b `down`, rank 128, 200 tokens
-// zipf: 152 CTAs for 264 places, 102 -> 92 us).
-inline SplitRules split_rules(const ApplyShape& s, int row_groups, bool small) {
+// in time, but no warp with more than one round of loads to wait for (70b qkv, rank 32, 3 tokens:
+// 4.5 -> 4.1 us); more where a warp would else have many of them, at most as many as have room at
+// once: a second wave takes as long as the first. But CTAs with more than 32 rounds may be two
+// waves: few and long ones would leave places empty (70b `down`, rank 128, 200 tokens zipf: 152
+// CTAs for 264 places, 102 -> 92 us). Small problems and low ranks, which wait for each instruction
+// (rank 16, one token: 2 %), know that all tiles are cut alike.
+inline SplitRules split_rules(const ApplyShape& s, int blocks, int row_groups, bool small) {
   const int64_t steps = ceil_div(s.in_features, 32 * kDecodeWarps);  // of a warp, without a split
   const struct {
     int64_t work, most_ctas;  // with more than `work` steps, cut as long as CTAs are no more
-  } limits[SplitRules::kCount] = {{3, s.sm_count * 3 / 4},
+  } limits[SplitRules::kCount] = {{shrink_steps(blocks), s.sm_count * 3 / 4},
                                   {8, small ? s.sm_count * 3 / 2 : 2 * s.sm_count},
                                   {32, 4 * s.sm_count}};
   SplitRules rules{};
+  rules.alike = blocks == 1 || s.max_rank <= 16;
   for (int i = 0; i < SplitRules::kCount; ++i) {
     int64_t parts = 1, ctas = limits[i].most_ctas / row_groups;
     while (parts < SplitRules::kMostParts && steps > limits[i].work * parts) {
@@ -211,7 +242,7 @@ inline ApplyConfig apply_config(const ApplyShape& s) {
   return {true,
           blocks,
           row_groups,
-          split_rules(s, row_groups, small),
+          split_rules(s, blocks, row_groups, small),
           small ? static_cast<int>(s.in_features) : 4 * 32 * kDecodeWarps,
           small                 ? kSharedPercent
           : bytes > kSmallBytes ? kLeastSharedPercent

@@ -60,7 +60,7 @@ __device__ __forceinline__ void find_tiles(const DecodeBatch& p, const int64_t* 
 template <typename T, typename Traits>
 __device__ __forceinline__ void add_up_xa(const LinearDecodeParams& p,
                                           typename Traits::Shared& shared, int first_row,
-                                          int end_row, int parts_of_tile, int thread) {
+                                          int end_row, const TileCuts& cuts, int thread) {
   constexpr int kAtOnce = 4;  // values of a thread
   const DecodeBatch& batch = p.batch;
   const int tokens = batch.num_tokens, ranks = xa_slice(batch.max_rank), values = tokens * ranks;
@@ -80,8 +80,9 @@ __device__ __forceinline__ void add_up_xa(const LinearDecodeParams& p,
         rank[u] = small_quotient(at, tokens), token[u] = at - rank[u] * tokens;
         const int place = shared.place[token[u]], tile = max(place, 0) / kTileTokens;
         const int rank_of_tile = place >= 0 ? shared.rank[tile] : 0;
-        const TileShares shares = tile_shares(batch, rank_of_tile, parts_of_tile);
-        from[u] = partial_products(batch, shared.number[tile], parts_of_tile) +
+        const int number = shared.number[tile];
+        const TileShares shares = tile_shares(batch, rank_of_tile, cuts.parts(number));
+        from[u] = partial_products(batch, cuts.first_part(number)) +
                   (slice * rank_of_tile + rank[u]) * kTileTokens + place % kTileTokens;
         pieces[u] = rank[u] < rank_of_tile ? shares.pieces : 0, stride[u] = shares.stride;
         scaling[u] = shared.scaling[tile];
@@ -354,12 +355,12 @@ __device__ __forceinline__ void finish(const LinearDecodeParams& p,
   const int thread = threadIdx.x - Traits::kStreamThreads;
   const LinearShare share(p.out_features, Traits::kTiles);
   // The shrink has just read the same of the plan.
-  const int parts = p.batch.split_rules.parts(read_num_tiles(p.batch));
+  const TileCuts cuts = p.batch.split_rules.cuts(read_num_tiles(p.batch));
   find_tiles<Traits>(p.batch, p.b_offsets, shared, thread);
   LinearExpand<T, Traits> expand(p, shared, share, thread);
   device::grid_dependency_wait();
   if (shared.tiles > 0) {
-    add_up_xa<T, Traits>(p, shared, 16 * share.first, 16 * (share.first + share.count), parts,
+    add_up_xa<T, Traits>(p, shared, 16 * share.first, 16 * (share.first + share.count), cuts,
                          thread);
   }
 #pragma unroll 1

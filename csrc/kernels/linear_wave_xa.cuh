@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kWaveXaThreads)
     token = covered[place] ? -1 : first + place;
   }
   token = token < p.num_tokens ? token : -1;
-  const int parts = p.split_rules.parts(read_num_tiles(p));
+  const TileCuts cuts = p.split_rules.cuts(read_num_tiles(p));
   device::grid_dependency_wait();
   if (block == 0 && thread == 0) {
     *params.entries = entries;
@@ -94,8 +94,8 @@ __global__ void __launch_bounds__(kWaveXaThreads)
     float value = 0;
     if (entry >= 0) {
       const int rank = entries.of[entry].rank;
-      const TileShares shares = tile_shares(p, rank, parts);
-      const float* const from[1] = {partial_products(p, block, parts) +
+      const TileShares shares = tile_shares(p, rank, cuts.parts(block));
+      const float* const from[1] = {partial_products(p, cuts.first_part(block)) +
                                     (slice * rank + j) * kTileTokens + place};
       const int pieces[1] = {j < rank ? shares.pieces : 0}, stride[1] = {shares.stride};
       float sum[1] = {};

@@ -80,7 +80,7 @@ __device__ __forceinline__ void find_entries(const DecodeBatch& p, typename Trai
 // 16 ranks. Tokens of one tile are neighbours there: so are the lanes that have them.
 template <typename T, typename Traits>
 __device__ __forceinline__ void add_up_slice(const DecodeBatch& p, typename Traits::Shared& shared,
-                                             int slice, int parts_of_tile, int thread) {
+                                             int slice, const TileCuts& cuts, int thread) {
   constexpr int kAtOnce = 3;  // values of a thread
   const int xa_stride = Traits::xa_stride(p.max_rank), tokens = shared.num_own_tokens;
   const int ranks = (p.max_rank + 15) / 16 * 16, values = tokens * ranks;
@@ -95,8 +95,8 @@ __device__ __forceinline__ void add_up_slice(const DecodeBatch& p, typename Trai
       rank[u] = small_quotient(at, tokens);
       const auto item = shared.own_tokens[at - rank[u] * tokens];
       const int rank_of_slot = shared.entry[item.entry].rank;
-      const TileShares shares = tile_shares(p, rank_of_slot, parts_of_tile);
-      from[u] = partial_products(p, item.tile, parts_of_tile) +
+      const TileShares shares = tile_shares(p, rank_of_slot, cuts.parts(item.tile));
+      from[u] = partial_products(p, cuts.first_part(item.tile)) +
                 (slice * rank_of_slot + rank[u]) * kTileTokens + item.place;
       token[u] = item.token;
       pieces[u] = rank[u] < rank_of_slot ? shares.pieces : 0, stride[u] = shares.stride;
@@ -123,7 +123,7 @@ __device__ __forceinline__ void help(const LinearWgmmaParams& p, typename Traits
   if (thread % 32 == 0) {
     device::barrier_arrive(&shared.found);
   }
-  const int parts = p.batch.split_rules.parts(read_num_tiles(p.batch));
+  const TileCuts cuts = p.batch.split_rules.cuts(read_num_tiles(p.batch));
   device::grid_dependency_wait();
   uint32_t turn = 1;
   for (int slice = 0; slice < p.batch.num_slices && shared.entries > 0; ++slice) {
@@ -132,7 +132,7 @@ __device__ __forceinline__ void help(const LinearWgmmaParams& p, typename Traits
     }
     device::barrier_wait(&shared.xa_empty, turn);
     turn ^= 1;
-    add_up_slice<T, Traits>(p.batch, shared, slice, parts, thread);
+    add_up_slice<T, Traits>(p.batch, shared, slice, cuts, thread);
     __syncwarp();
     if (thread % 32 == 0) {
       device::barrier_arrive(&shared.xa_full);

@@ -48,8 +48,12 @@ void bind_plan(py::module_& m) {
 }
 
 void bind_apply(py::module_& m) {
+  py::class_<TileCuts>(m, "TileCuts")
+      .def("parts", &TileCuts::parts, "tile"_a)
+      .def("first_part", &TileCuts::first_part, "tile"_a)
+      .def("tile_of", &TileCuts::tile_of, "part"_a);
   py::class_<SplitRules>(m, "SplitRules")
-      .def("parts", &SplitRules::parts, "num_tiles"_a)
+      .def("cuts", &SplitRules::cuts, "num_tiles"_a)
       .def("all_parts", &SplitRules::all_parts, "capacity"_a);
   py::class_<TileShares>(m, "TileShares")
       .def(py::init<int, int, int, int>(), py::kw_only(), "row_groups"_a, "group_rows_log"_a,
@@ -60,6 +64,7 @@ void bind_apply(py::module_& m) {
   py::class_<ApplyConfig>(m, "ApplyConfig")
       .def_readonly("decode", &ApplyConfig::decode)
       .def_readonly("blocks", &ApplyConfig::blocks)
+      .def_readonly("row_groups", &ApplyConfig::row_groups)
       .def_readonly("split_rules", &ApplyConfig::split_rules)
       .def_readonly("prefetch_features", &ApplyConfig::prefetch_features)
       .def_readonly("shrink_shared_percent", &ApplyConfig::shrink_shared_percent)
