@@ -242,16 +242,28 @@ def test_wide_tiles_are_for_many_tokens_of_large_adapters() -> None:
     assert not testing.decode_is_wide(num_tokens=257, num_slots=8, **qkv)
     assert not testing.decode_is_wide(num_tokens=200, num_slots=8, **qkv, half=False)
     assert not testing.decode_is_wide(num_tokens=200, num_slots=8, **qkv, batch_invariant=True)
-    for max_rank in (32, 256):
+    for max_rank in (8, 256):
         assert not testing.decode_is_wide(
-            num_tokens=200, num_slots=8, **{**qkv, "max_rank": max_rank}
+            num_tokens=256, num_slots=1, **{**qkv, "max_rank": max_rank}
         )
-    # More tokens a slot where ranks are lower.
+    # More tokens a slot where ranks are lower, fewer where y is wider than K is long.
     narrow = {**qkv, "out_features": 6144}
-    for max_rank, fewest, sizes in ((128, 48, qkv), (64, 96, qkv), (64, 128, narrow)):
-        shape = {"num_slots": 8, **sizes, "max_rank": max_rank}
+    for max_rank, slots, fewest, sizes in (
+        (128, 8, 48, qkv),
+        (128, 8, 48, narrow),
+        (64, 8, 48, qkv),
+        (64, 2, 24, qkv),
+        (64, 8, 128, narrow),
+        (32, 8, 192, qkv),
+        (32, 2, 49, qkv),  # 8 MB, once for each 16
+        (32, 4, 192, narrow),
+        (16, 4, 192, qkv),
+    ):
+        shape = {"num_slots": slots, **sizes, "max_rank": max_rank}
         assert testing.decode_is_wide(num_tokens=fewest, **shape)
         assert not testing.decode_is_wide(num_tokens=fewest - 1, **shape)
+    for other in (narrow, {**qkv, "num_slices": 1}):
+        assert not testing.decode_is_wide(num_tokens=256, num_slots=1, **{**other, "max_rank": 16})
 
 
 @given(
@@ -270,10 +282,16 @@ def test_the_decode_expand_streams_where_its_grid_would_be_large(**shape: int) -
 
 
 def test_a_small_expand_lets_the_next_kernel_start_at_once() -> None:
-    small = {"num_tokens": 32, "ctas": 264, "max_rank": 16, "sm_count": 132}
-    assert testing.expand_launches_next(**small)
-    for more in ({"num_tokens": 33}, {"ctas": 265}, {"max_rank": 17}, {"sm_count": 131}):
-        assert not testing.expand_launches_next(**{**small, **more})
+    for num_tokens, max_rank in ((32, 16), (8, 32)):
+        small = {"num_tokens": num_tokens, "ctas": 264, "max_rank": max_rank, "sm_count": 132}
+        assert testing.expand_launches_next(**small)
+        for more in (
+            {"num_tokens": num_tokens + 1},
+            {"ctas": 265},
+            {"max_rank": max_rank + 1},
+            {"sm_count": 131},
+        ):
+            assert not testing.expand_launches_next(**{**small, **more})
 
 
 def test_an_embedding_of_few_tokens_needs_no_tiles() -> None:

@@ -35,11 +35,13 @@ def test_any_mix(device, mix, dtype):
         check_apply(y, x, module, batch, "packed")
 
 
-@pytest.mark.parametrize("max_rank", [40, 64, 128])
+@pytest.mark.parametrize("max_rank", [24, 32, 40, 64, 128])
 @pytest.mark.parametrize("layout", ["packed", "per_slice"])
 def test_any_rank_of_the_pool(device, max_rank, layout):
     gen = generator("wide", max_rank)
-    module = make_module([max_rank, 16, 37], 6144, [4096, 1024], torch.bfloat16, device)
+    in_features = 3072 if max_rank <= 32 else 6144  # low ranks: where y is wider
+    ranks = [max_rank, 16, min(max_rank, 37)]
+    module = make_module(ranks, in_features, [4096, 1024], torch.bfloat16, device)
     y, x, batch = random_problem(module, random_slots(250, 3, gen), gen)
     check_apply(y, x, module, batch, layout)
 

@@ -286,21 +286,39 @@ constexpr int kWideMostRank = 128;  // that the expand's shared memory holds for
 constexpr int kWideRows = 64;       // of A, that a CTA of the shrink takes
 
 // Where the decode kernels would read a slot's weights several times from L2, once for each 16
-// tokens, and slots are few and may have many tokens: if all are in use 6, above rank 64, where x
-// is read again for each 32 rows (70b `down`, T50 shared 18.8 -> 10.5 us, of eight slots 27.5 ->
-// 35); else 16, or 12 where y is wider than K is long, whose blocks share the sums of xa (rank 64:
-// qkv, T128 of one adapter 11.4 -> 7.7, of eight 12.9 -> 12.9; gate_up, T100 15.4 -> 10.6, 19.6 ->
-// 20.5; but `down` 8.7 -> 8.1, 11.4 -> 13.6).
+// tokens, and slots are few and may have many tokens, if all are in use `wide_tokens` each.
+//
+// Above rank 64, where x is read again for each 32 rows, 6 (70b `down`, T50 shared 17.7 -> 10.5 us,
+// of eight slots 26.3 -> 34). Else fewer where y is wider than K is long, so that blocks of it
+// share the sums of xa. Above rank 32 also 6, if of more than 32 tokens (rank 64, T64: qkv, one
+// adapter 7.9 -> 6.1, eight 11.4 -> 11.4; gate_up 10.7 -> 8.7, 16.9 -> 17.6; but T24 of four slots
+// 7.0 -> 8.3), and 16 (T100: `down` 8.7 -> 8.1, 11.4 -> 13.6); up to rank 32 24 and 48 (T200 of
+// eight slots: qkv 11.2 -> 8.4, 12.0 -> 10.4; of four: `down` 9.7 -> 8.1, 10.8 -> 8.8). Up to rank
+// 16 only with three full tiles, where slices together are most of a unit's rows (T256 of eight
+// slots: qkv 8.8 -> 7.0, 9.3 -> 9.3; one slice 10.2 -> 10.0, 10.7 -> 12.1).
+inline int64_t wide_tokens(const ApplyShape& s) {
+  constexpr int64_t kNever = kDecodeMaxTokens + 1;
+  const bool wide_y = s.out_features > s.in_features, few = s.num_tokens <= 2 * kTileTokens;
+  if (s.max_rank <= 16) {
+    const bool full = s.num_tokens >= 3 * kWideTileTokens && s.num_slices > 1;
+    return wide_y && full && s.max_rank > 8 ? 24 : kNever;
+  }
+  if (s.max_rank <= 32) {
+    return few ? kNever : wide_y ? 24 : 48;
+  }
+  return s.max_rank > 64 ? 6 : !wide_y ? 16 : few ? 12 : 6;
+}
+
 inline bool decode_is_wide(const ApplyShape& s) {
-  constexpr int64_t kMuch = 4 << 20;
+  // Bytes that the decode kernels would read, from which on it pays.
+  const int64_t much = s.max_rank > 32 ? 4 << 20 : 8 << 20;
   if (!s.half || s.batch_invariant || s.num_tokens > kDecodeMaxTokens ||
-      s.num_tokens <= kTileTokens || s.max_rank <= 32 || s.max_rank > kWideMostRank) {
+      s.num_tokens <= kTileTokens || s.max_rank > kWideMostRank) {
     return false;
   }
   const int64_t weights = int64_t{2} * s.max_rank * (s.num_slices * s.in_features + s.out_features);
-  const int64_t tokens = s.max_rank > 64 ? 6 : s.out_features > s.in_features ? 12 : 16;
-  return ceil_div(s.num_tokens, kTileTokens) * weights > kMuch && s.num_slots <= s.sm_count / 16 &&
-         s.num_tokens >= s.num_slots * tokens;
+  return ceil_div(s.num_tokens, kTileTokens) * weights > much && s.num_slots <= s.sm_count / 16 &&
+         s.num_tokens >= s.num_slots * wide_tokens(s);
 }
 
 // Clusters of 8 find places on most of the chip; those of 16, on less of it, leave the expand half
@@ -346,9 +364,11 @@ inline int64_t decode_stream_ctas(int64_t num_tokens, int64_t num_slots, int64_t
 // Whether the decode expand, of `ctas`, lets the next kernel start at once, not only when it waits
 // itself: where low ranks and few CTAs leave room for a shrink that comes next, which then has its
 // weights in L2 by the time it may read them (rank 16: one token 3.8 -> 3.4 us, 8 of 8 adapters 4.8
-// -> 4.4; but 128 of one adapter 6.2 -> 6.6, rank 64, 8 of one 4.5 -> 5.0).
+// -> 4.4; rank 32: one 3.9 -> 3.6; but rank 16, 128 of one adapter 6.2 -> 6.6, rank 32, 32 of one
+// 4.8 -> 5.5, rank 64, 8 of one 4.5 -> 5.0).
 inline bool expand_launches_next(int64_t num_tokens, int64_t ctas, int max_rank, int sm_count) {
-  return max_rank <= 16 && num_tokens <= 32 && ctas <= 2 * sm_count;
+  const int64_t most_tokens = max_rank <= 16 ? 32 : max_rank <= 32 ? 8 : 0;
+  return num_tokens <= most_tokens && ctas <= 2 * sm_count;
 }
 
 // Tokens of an embedding up to which each has CTAs of its own, which need nothing of the plan but
