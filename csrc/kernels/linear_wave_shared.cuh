@@ -68,6 +68,7 @@ struct WaveAdapterStep {
   int count, first, rank[kWaveStepSlots];  // of entries; of those that are not there rank 0
 };
 
+// kStages: steps of K in the ring.
 template <int kTokens_, int kStages_>
 struct LinearWaveTraits {
   static constexpr int kTokens = kTokens_, kStages = kStages_;
@@ -112,10 +113,6 @@ struct WaveRows {
   __device__ __forceinline__ int2 of(const LinearWaveParams& p, int slice) const {
     return make_int2(max(p.slices[slice].first_column - first, 0),
                      min(end, p.slices[slice].end_column) - first);
-  }
-  __device__ __forceinline__ bool has(const LinearWaveParams& p, int slice) const {
-    const int2 rows = of(p, slice);
-    return rows.x < rows.y;
   }
 };
 
