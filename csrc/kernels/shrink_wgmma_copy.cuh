@@ -2,8 +2,6 @@
 // fills it with x and A.
 #pragma once
 
-#include <type_traits>
-
 #include "common/ptx.cuh"
 #include "kernels/prefill_heuristics.h"
 #include "kernels/tensor_map.h"
@@ -136,16 +134,102 @@ __device__ __forceinline__ void prefetch_tokens(const ShrinkParams& p) {
   }
 }
 
-// By one warp. Slices start at columns that are multiples of 16, so that boxes do not overlap: what
-// boxes have behind a slice's rank reaches only sums that nobody reads. The same holds for rows of
-// x behind the last token.
+// What one warp copies of each step. Slices start at columns that are multiples of 16, so that
+// boxes do not overlap: what boxes have behind a slice's rank reaches only sums that nobody reads.
+// The same holds for rows of x behind the last token.
+struct PieceCopies {
+  const CUtensorMap *x_map, *a_map;
+  uint64_t x_policy, a_policy;
+  int k, steps;  // the CTA's share
+  int bytes;     // that the boxes of a step bring
+  int first_token, slot;
+  int a_row, a_at;  // of a lane's box of A, and where in a stage it goes; 0: it has none
+};
+
+// The boxes of a step: of A, and of tokens that are neighbours in memory.
+template <typename Traits, ShrinkWay kWay, bool kNeighbours>
+__device__ __forceinline__ void copy_boxes(const PieceCopies& copies, int k,
+                                           const StageRing<Traits>& ring) {
+  const bool leads = threadIdx.x % 32 == 0;
+  if (leads) {
+    device::barrier_arrive_expecting(ring.full(), copies.bytes);
+  }
+  __syncwarp();
+  unsigned char* a_to = ring.data() + copies.a_at;
+  if constexpr (kWay == ShrinkWay::kParts) {
+    if (kNeighbours && leads) {
+      device::copy_box(ring.data(), copies.x_map, k, copies.first_token, ring.full(),
+                       copies.x_policy);
+    }
+    if (copies.a_at > 0) {
+      device::copy_box(a_to, copies.a_map, k, copies.a_row, copies.slot, ring.full(),
+                       copies.a_policy);
+    }
+  } else {
+    if (kNeighbours && leads) {
+      device::copy_box(ring.data(), copies.x_map, k, copies.first_token, ring.full());
+    }
+    if (copies.a_at > 0) {
+      device::copy_box(a_to, copies.a_map, k, copies.a_row, copies.slot, ring.full());
+    }
+  }
+}
+
+// All steps of tokens that lie anywhere. Eight lanes copy a token's row, each lane chunks of
+// sixteen rows. Where those lie, counted in chunks, is found out once, for one warp issues all
+// copies.
+template <typename T, typename Traits, ShrinkWay kWay>
+__device__ __forceinline__ void copy_rows(const ShrinkParams& p, const PieceCopies& copies, int id0,
+                                          int id1, StageRing<Traits>& ring) {
+  const int lane = threadIdx.x % 32, chunk = lane % 8;
+  const int ids[2] = {id0, id1};
+  uint32_t chunks[kWideTileTokens / 4], exists = 0;
+#pragma unroll
+  for (int i = 0; i < kWideTileTokens / 4; ++i) {
+    const int id = __shfl_sync(0xffffffffu, ids[i / 8], (4 * i + lane / 8) % 32);
+    exists |= id >= 0 ? 1u << i : 0;
+    chunks[i] = static_cast<uint32_t>(max(id, 0) * (p.x_stride / 8)) + chunk;
+  }
+  int k = copies.k;
+#pragma unroll 1
+  for (int step = 0; step < copies.steps; ++step) {
+    device::barrier_wait(ring.empty(), ring.turn ^ 1);
+    unsigned char* to = ring.data();
+    const auto* from = reinterpret_cast<const uint4*>(static_cast<const T*>(p.x) + k);
+    const int inside = k + 8 * chunk < p.in_features ? 16 : 0;  // 0 reads none, writes zeros
+#pragma unroll
+    for (int i = 0; i < kWideTileTokens / 4; ++i) {
+      const int row = 4 * i + lane / 8;
+      asm volatile("" : "+r"(chunks[i]));  // else all pointers stay in registers, twice as many
+      if (exists >> i & 1) {
+        device::copy_async_16(to + (row * 8 + (chunk ^ row % 8)) * 16, from + chunks[i], inside);
+      }
+    }
+    device::barrier_expect_copies(ring.full());
+    __syncwarp();  // before the arrival that the barrier knows of
+    copy_boxes<Traits, kWay, false>(copies, k, ring);
+    if (step == 0) {
+      device::grid_dependency_launch();
+    }
+    k += kBoxK;
+    ring.advance();
+  }
+}
+// The same out of the way of the code that others wait for, since all of it comes from memory.
+template <typename T, typename Traits, ShrinkWay kWay>
+__device__ __noinline__ StageRing<Traits> copy_rows_aside(const ShrinkParams& p,
+                                                          const PieceCopies copies, int id0,
+                                                          int id1, StageRing<Traits> ring) {
+  copy_rows<T, Traits, kWay>(p, copies, id0, id1, ring);
+  return ring;
+}
+
 template <typename T, typename Traits, ShrinkWay kWay>
 __device__ __forceinline__ void copy_piece(const ShrinkWork& work, const ShrinkMaps& maps,
                                            const ShrinkPiece& piece, int first_column,
                                            StageRing<Traits>& ring) {
   const ShrinkParams& p = work.p;
   const int lane = threadIdx.x % 32;
-  const Tile& tile = piece.tile;
   const int padded = XaLayout::padded(piece.rank);
   // Each box takes the copy engine 30 ns, whatever its size.
   const bool large = padded == XaLayout::padded(p.max_rank);
@@ -153,86 +237,44 @@ __device__ __forceinline__ void copy_piece(const ShrinkWork& work, const ShrinkM
   const int a_boxes = small_quotient(piece.columns, box_rows);
   const int column = first_column + lane * box_rows;
   const int slice = min(small_quotient(column, padded), p.num_slices - 1);
-  const int a_row = static_cast<int>(p.a.first_row[slice]) +
-                    (p.a.rows_by_rank ? slice * piece.rank : 0) + column - slice * padded;
-  const CUtensorMap* a_map = (large ? maps.large_a : maps.a) + slice;
   // As few as there are tokens for: the rest are other tiles' rows, or none.
   int x_rows = piece.neighbours ? kBoxRowsX : 0;
   const CUtensorMap* x_map = maps.x;
-  for (; x_rows >= 2 * tile.count && x_map < maps.x + kBoxesOfX - 1; x_rows /= 2) {
+  for (; x_rows >= 2 * piece.tile.count && x_map < maps.x + kBoxesOfX - 1; x_rows /= 2) {
     ++x_map;
   }
-  const int bytes = (x_rows + piece.columns) * kBoxK * 2;
   // Where tiles are many, A is for all of them, and x, like y, passes through L2 once (8192 tokens
   // of rank 64: qkv 92.9 -> 88.1 us, `down` in 16 segments 123.4 -> 119.6).
   const bool many = kWay == ShrinkWay::kParts && !p.layout.summed;
-  const uint64_t x_policy = many ? device::kEvictFirst : device::kEvictNormal;
-  const uint64_t a_policy = many ? device::kEvictLast : device::kEvictNormal;
-  int k = piece.first_k;
-  const int chunk = lane % 8;
-  uint32_t chunks[kWideTileTokens / 4], exists = 0;
-  // The code of either case on its own: what comes first waits for every line of it from memory.
-  const auto copy_steps = [&](auto neighbours) {
-    constexpr bool kNeighbours = decltype(neighbours)::value;
-#pragma unroll 1
-    for (int step = 0; step < piece.steps; ++step) {
-      device::barrier_wait(ring.empty(), ring.turn ^ 1);
-      unsigned char* to = ring.data();
-      if constexpr (!kNeighbours) {
-        const auto* from = reinterpret_cast<const uint4*>(static_cast<const T*>(p.x) + k);
-        const int inside = k + 8 * chunk < p.in_features ? 16 : 0;  // 0 reads none, writes zeros
-#pragma unroll
-        for (int i = 0; i < kWideTileTokens / 4; ++i) {
-          const int row = 4 * i + lane / 8;
-          asm volatile("" : "+r"(chunks[i]));  // else all pointers stay in registers, twice as many
-          if (exists >> i & 1) {
-            device::copy_async_16(to + (row * 8 + (chunk ^ row % 8)) * 16, from + chunks[i],
-                                  inside);
-          }
-        }
-        device::barrier_expect_copies(ring.full());
-        __syncwarp();  // before the arrival that the barrier knows of
-      }
-      if (lane == 0) {
-        device::barrier_arrive_expecting(ring.full(), bytes);
-      }
-      __syncwarp();
-      unsigned char* a_to = to + (kBoxRowsX + lane * box_rows) * 128;
-      if constexpr (kWay == ShrinkWay::kParts) {
-        if (kNeighbours && lane == 0) {
-          device::copy_box(to, x_map, k, piece.id[0], ring.full(), x_policy);
-        }
-        if (lane < a_boxes) {
-          device::copy_box(a_to, a_map, k, a_row, tile.slot, ring.full(), a_policy);
-        }
-      } else {
-        if (kNeighbours && lane == 0) {
-          device::copy_box(to, x_map, k, piece.id[0], ring.full());
-        }
-        if (lane < a_boxes) {
-          device::copy_box(a_to, a_map, k, a_row, tile.slot, ring.full());
-        }
-      }
-      if (step == 0) {
-        device::grid_dependency_launch();  // whose first copies come behind these
-      }
-      k += kBoxK;
-      ring.advance();
+  PieceCopies copies;
+  copies.x_map = x_map;
+  copies.a_map = (large ? maps.large_a : maps.a) + slice;
+  copies.x_policy = many ? device::kEvictFirst : device::kEvictNormal;
+  copies.a_policy = many ? device::kEvictLast : device::kEvictNormal;
+  copies.k = piece.first_k, copies.steps = piece.steps;
+  copies.bytes = (x_rows + piece.columns) * kBoxK * 2;
+  copies.first_token = piece.id[0], copies.slot = piece.tile.slot;
+  copies.a_row = static_cast<int>(p.a.first_row[slice]) +
+                 (p.a.rows_by_rank ? slice * piece.rank : 0) + column - slice * padded;
+  copies.a_at = lane < a_boxes ? (kBoxRowsX + lane * box_rows) * 128 : 0;
+  if (!piece.neighbours) {
+    if constexpr (Traits::kRows == 96) {  // has no registers for a call
+      copy_rows<T, Traits, kWay>(p, copies, piece.id[0], piece.id[1], ring);
+    } else {
+      ring = copy_rows_aside<T, Traits, kWay>(p, copies, piece.id[0], piece.id[1], ring);
     }
-  };
-  if (piece.neighbours) {
-    copy_steps(std::true_type{});
     return;
   }
-  // Eight lanes copy a token's row, each lane chunks of sixteen rows. Where those lie, counted in
-  // chunks, is found out once, for one warp issues all copies.
-#pragma unroll
-  for (int i = 0; i < kWideTileTokens / 4; ++i) {
-    const int id = __shfl_sync(0xffffffffu, piece.id[i / 8], (4 * i + lane / 8) % 32);
-    exists |= id >= 0 ? 1u << i : 0;
-    chunks[i] = static_cast<uint32_t>(max(id, 0) * (p.x_stride / 8)) + chunk;
+#pragma unroll 1
+  for (int step = 0; step < copies.steps; ++step) {
+    device::barrier_wait(ring.empty(), ring.turn ^ 1);
+    copy_boxes<Traits, kWay, true>(copies, copies.k, ring);
+    if (step == 0) {
+      device::grid_dependency_launch();  // whose first copies come behind these
+    }
+    copies.k += kBoxK;
+    ring.advance();
   }
-  copy_steps(std::false_type{});
 }
 #endif
 
