@@ -1,5 +1,5 @@
-// lora_linear of 128 or 256 tokens on sm_90a where W is one wave of the chip: the decode shrink, its
-// sums as columns of x, and beside both a product of W that has the adapters as more steps of K
+// lora_linear of 128 or 256 tokens on sm_90a where W is one wave of the chip: the decode shrink,
+// its sums as columns of x, and beside both a product of W that has the adapters as more steps of K
 // (linear_wave.cuh).
 #include "kernels/decode_batch.cuh"
 #include "kernels/kernels.h"
