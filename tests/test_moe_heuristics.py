@@ -328,7 +328,27 @@ def test_warps_of_the_moe_expand_take_two_units_only_beyond_a_wave(**shape: int)
     assert units in (1, 2)
     if units == 2:
         assert shape["max_rank"] <= 32
-        assert shape["num_pairs"] * shape["columns"] * 64 > 65_536 * shape["sm_count"]
+        b_bytes = shape["num_pairs"] * shape["columns"] * (32 if shape["max_rank"] <= 16 else 64)
+        assert b_bytes > 40_960 * shape["sm_count"]
+
+
+@pytest.mark.parametrize(
+    ("units", "num_pairs", "columns", "max_rank"),
+    [
+        (1, 82, 2048, 16),  # Qwen3-30B, w2: 656 CTAs of one unit a warp, 660 have room
+        (2, 83, 2048, 16),
+        (1, 49, 2048, 32),  # 392 of 396
+        (2, 50, 2048, 17),
+        (1, 4096, 2048, 33),
+    ],
+)
+def test_a_wave_of_the_moe_expand_of_few_pairs(
+    units: int, num_pairs: int, columns: int, max_rank: int
+) -> None:
+    found = testing.moe_expand_units(
+        num_pairs=num_pairs, num_groups=1024, columns=columns, max_rank=max_rank, sm_count=132
+    )
+    assert found == units
 
 
 @given(

@@ -273,10 +273,10 @@ __device__ __forceinline__ void shrink_few(const MoeShrinkParams& p, const MoeSh
 #pragma unroll 1
   for (int step = 0; step < kStages - 1; ++step) {
     if (step < ahead) {
+      copy_tokens(step, own + step * kStageBytes);
       if (step > 0) {
         copy_weights(step, own + step * kStageBytes);
       }
-      copy_tokens(step, own + step * kStageBytes);
     }
     device::copy_async_commit();
   }
