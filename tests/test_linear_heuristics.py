@@ -61,42 +61,6 @@ def test_conditions(without: str) -> None:
     assert testing.linear_wgmma_cluster(**size) == 4
     assert testing.linear_wgmma_cluster(**size, **{without: False}) == 0
     assert testing.linear_wgmma_cluster(**size, batch_invariant=True) == 0
-    size |= {"num_tokens": 250, "out_features": 28672, "num_slices": 2}
-    assert testing.linear_wave_tokens(**size) == 256
-    assert testing.linear_wave_tokens(**size, **{without: False}) == 0
-    assert testing.linear_wave_tokens(**size, batch_invariant=True) == 0
-
-
-@given(
-    num_tokens=st.sampled_from([1, 119, 120, 128, 129, 239, 240, 256, 257, 300]),
-    num_slots=st.sampled_from([1, 8, 9, 100]),
-    in_features=st.sampled_from([512, 1016, 1024, 4096, 14336]),
-    out_features=st.integers(2_000, 5_000).map(lambda n: 8 * n),
-    num_slices=st.integers(1, 8),
-    max_rank=st.sampled_from([8, 16, 32, 64]),
-    sm_count=st.sampled_from([78, 108, 114, 132, 148]),
-)
-@settings(max_examples=2000)
-def test_a_product_of_one_wave_serves_128_or_256_tokens(**size: int) -> None:
-    tokens = testing.linear_wave_tokens(**size)
-    assert tokens in (0, 128, 256)
-    if tokens:
-        assert tokens - tokens // 16 <= size["num_tokens"] <= tokens
-        assert size["max_rank"] == 16
-        assert size["num_slots"] <= 8
-        assert size["in_features"] >= 1024
-        # Rows that all SMs together can have, and hardly less.
-        rows = 224 * size["sm_count"]
-        assert 0.93 * rows < size["out_features"] <= rows
-
-
-def test_rows_that_are_a_wave() -> None:
-    size = {"num_tokens": 256, "num_slots": 8, "in_features": 4096, "num_slices": 2, "max_rank": 16}
-    widths = (16384, 26624, 28672, 28680, 29568, 29576, 57344)
-    taken = [n for n in widths if testing.linear_wave_tokens(out_features=n, **size)]
-    assert taken == [28672, 28680, 29568]
-    assert testing.linear_wave_tokens(out_features=28676, **size) == 0  # y in 16-byte stores
-    assert testing.linear_wave_tokens(out_features=28672, sm_count=114, **size) == 0
 
 
 def test_the_product_by_clusters_comes_first_where_one_adapter_is_all_there_can_be() -> None:

@@ -195,17 +195,6 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
       : "memory");
 }
 
-// Counts one more of `all`. True for the last one, which finds done what the others did before, and
-// with whom the count begins anew.
-__device__ __forceinline__ bool is_last_of(unsigned* count, unsigned all) {
-  unsigned before;
-  asm volatile("atom.acq_rel.cta.shared::cta.inc.u32 %0, [%1], %2;\n"
-               : "=r"(before)
-               : "r"(shared_address(count)), "r"(all - 1)
-               : "memory");
-  return before == all - 1;
-}
-
 // Copies the box of a tensor map at the given coordinates, innermost first, to shared memory;
 // `barrier` counts its bytes. What lies outside of the tensor becomes zeros.
 __device__ __forceinline__ void copy_box(void* to, const void* map, int c0, int c1,

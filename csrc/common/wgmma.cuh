@@ -87,10 +87,6 @@ __device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], uint64_t a, uint
   LORA_EXT_REGISTERS_80                        \
   ", %80, %81, %82, %83, %84, %85, %86, %87, " \
   "%88, %89, %90, %91, %92, %93, %94, %95"
-#define LORA_EXT_REGISTERS_112                     \
-  LORA_EXT_REGISTERS_96                            \
-  ", %96, %97, %98, %99, %100, %101, %102, %103, " \
-  "%104, %105, %106, %107, %108, %109, %110, %111"
 #define LORA_EXT_SUMS_8(i)                                                                    \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
@@ -100,7 +96,6 @@ __device__ __forceinline__ void wgmma(float (&d)[kColumns / 2], uint64_t a, uint
 #define LORA_EXT_SUMS_48(i) LORA_EXT_SUMS_32(i), LORA_EXT_SUMS_16(i + 32)
 #define LORA_EXT_SUMS_64(i) LORA_EXT_SUMS_32(i), LORA_EXT_SUMS_32(i + 32)
 #define LORA_EXT_SUMS_96(i) LORA_EXT_SUMS_64(i), LORA_EXT_SUMS_32(i + 64)
-#define LORA_EXT_SUMS_112(i) LORA_EXT_SUMS_64(i), LORA_EXT_SUMS_48(i + 64)
 #define LORA_EXT_WGMMA(T, type, columns, registers, a_operand, b_operand, first)                  \
   template <>                                                                                     \
   __device__ __forceinline__ void wgmma<T, columns>(float(&d)[registers], uint64_t a, uint64_t b, \
@@ -127,8 +122,6 @@ LORA_EXT_WGMMA(__nv_bfloat16, "bf16", 128, 64, "%64", "%65", "%66")
 LORA_EXT_WGMMA(__half, "f16", 128, 64, "%64", "%65", "%66")
 LORA_EXT_WGMMA(__nv_bfloat16, "bf16", 192, 96, "%96", "%97", "%98")
 LORA_EXT_WGMMA(__half, "f16", 192, 96, "%96", "%97", "%98")
-LORA_EXT_WGMMA(__nv_bfloat16, "bf16", 224, 112, "%112", "%113", "%114")
-LORA_EXT_WGMMA(__half, "f16", 224, 112, "%112", "%113", "%114")
 #undef LORA_EXT_WGMMA
 
 // The same with a in registers, of which lanes hold a[16 w + g + 8 (i % 2)][8 (i / 2) + 2 q ..] in

@@ -30,10 +30,6 @@ int linear_decode(const LinearParams& params);
 // The same for somewhat more tokens; asked first.
 bool linear_wgmma_takes(const LinearParams& params);
 int linear_wgmma(const LinearParams& params);
-// And for up to 256 tokens, where W is about one wave of the chip; with a workspace of its own.
-bool linear_wave_takes(const LinearParams& params);
-int64_t linear_wave_workspace(const LinearParams& params);  // fp32 elements
-int linear_wave(const LinearParams& params);
 int apply_backward(const ApplyBackwardParams& params);
 int embedding(const EmbeddingParams& params);
 int embedding_apply(const EmbeddingApplyParams& params);

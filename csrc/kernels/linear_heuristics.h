@@ -101,31 +101,4 @@ inline int linear_wgmma_cluster(const LinearShape& s) {
   return 2 * tiles * cluster < s.sm_count ? 0 : static_cast<int>(cluster);
 }
 
-// The same for 128 or 256 tokens, or hardly less, on sm_90a (linear_wave.cu), of a W that is one
-// wave of the chip: a CTA has that many rows, the most whose sums for 256 tokens its registers
-// hold. Tiles of 128 rows, as cuBLAS has them, are most of two waves.
-constexpr int kLinearWaveRows = 224;
-constexpr int64_t kLinearWaveMaxTokens = 256, kLinearWaveLeastFeatures = 1024;
-constexpr int kLinearWaveRank = 16;     // of the pool
-constexpr int kLinearWaveMaxSlots = 8;  // of the pool: each in use is a product more
-
-// Tokens that the kernel's instance has room for, 128 or 256; 0: another kernel. Its time is that
-// of all of them and of all SMs, whatever it is given: so at least 15 of 16 must be there (W of
-// 28,672 rows, one adapter of rank 16, to be held against cuBLAS and two kernels behind it: 256
-// tokens 96 us for 106, 224 tokens 105 for 106; 128 tokens 71 for 79, 96 tokens 70 for 73; W of
-// 26,624 rows, 256 tokens 102 for 100).
-inline int linear_wave_tokens(const LinearShape& s) {
-  const auto is_most = [](int64_t part, int64_t all) {
-    return part <= all && 16 * part >= 15 * all;
-  };
-  const int tokens = s.num_tokens <= 128 ? 128 : 256;
-  if (!s.half || !s.capable || !s.vector || s.batch_invariant || s.out_features % 8 != 0 ||
-      s.max_rank != kLinearWaveRank || s.num_slots > kLinearWaveMaxSlots ||
-      s.in_features < kLinearWaveLeastFeatures || !is_most(s.num_tokens, tokens) ||
-      !is_most(ceil_div(s.out_features, kLinearWaveRows), s.sm_count)) {
-    return 0;
-  }
-  return tokens;
-}
-
 }  // namespace lora_ext

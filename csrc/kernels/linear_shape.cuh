@@ -23,19 +23,6 @@ inline LinearShape linear_shape_of(const LinearParams& p) {
   return shape;
 }
 
-// B as rows one behind the other, which bulk copies can take.
-inline bool has_bulk_rows(const ApplyParams& p) {
-  if (p.b.slot_offsets != nullptr || p.max_rank % 8 != 0) {
-    return false;
-  }
-  for (int i = 0; i < p.slices.count; ++i) {
-    if (p.b.row_stride[i] != p.max_rank) {
-      return false;
-    }
-  }
-  return is_multiple(p.b, p.slices.count, 8, 16);
-}
-
 // Whether y allows stores of two neighbours.
 inline bool has_pairs(const LinearParams& p) {
   return is_multiple(p.apply.y, p.apply.y_stride, 2, 4) && p.out_features % 2 == 0;

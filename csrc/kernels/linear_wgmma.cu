@@ -13,6 +13,19 @@ namespace {
 // Four stages, so that two CTAs fit an SM with room for a shrink.
 using Traits = LinearWgmmaTraits<kLinearWgmmaMaxTokens, 4>;
 
+// B as rows one behind the other, which bulk copies can take.
+bool has_bulk_rows(const ApplyParams& p) {
+  if (p.b.slot_offsets != nullptr || p.max_rank % 8 != 0) {
+    return false;
+  }
+  for (int i = 0; i < p.slices.count; ++i) {
+    if (p.b.row_stride[i] != p.max_rank) {
+      return false;
+    }
+  }
+  return is_multiple(p.b, p.slices.count, 8, 16);
+}
+
 int cluster_of(const LinearParams& p) {
   LinearShape shape = linear_shape_of(p);
   shape.capable = device_properties().clusters && has_wgmma() && has_tensor_maps();

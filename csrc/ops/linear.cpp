@@ -165,9 +165,7 @@ std::optional<Tensor> streamed(const ApplyParams& params, const Tensor& x, const
   if (weight.stride(1) != 1 || (bias.has_value() && bias->stride(0) != 1)) {
     return std::nullopt;
   }
-  const bool wave = cuda::linear_wave_takes(both);
-  const auto kernel = wave                              ? cuda::linear_wave
-                      : cuda::linear_wgmma_takes(both)  ? cuda::linear_wgmma
+  const auto kernel = cuda::linear_wgmma_takes(both)    ? cuda::linear_wgmma
                       : cuda::linear_decode_takes(both) ? cuda::linear_decode
                                                         : nullptr;
   if (kernel == nullptr) {
@@ -182,9 +180,7 @@ std::optional<Tensor> streamed(const ApplyParams& params, const Tensor& x, const
   both.apply.y = y.mutable_data_ptr();
   both.apply.y_stride = both.out_features;
   both.apply.y_dtype = params.dtype;
-  const int64_t elements =
-      wave ? cuda::linear_wave_workspace(both) : cuda::apply_workspace(both.apply);
-  const Tensor workspace = empty_accumulator(x, params.dtype, {elements});
+  const Tensor workspace = empty_accumulator(x, params.dtype, {cuda::apply_workspace(both.apply)});
   both.apply.workspace = workspace.mutable_data_ptr();
   launch("lora_linear", x, both, nullptr, kernel);
   return y;

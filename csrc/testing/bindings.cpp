@@ -131,7 +131,6 @@ void bind_linear(py::module_& m) {
   };
   bind("linear_config", linear_config);
   bind("linear_wgmma_cluster", linear_wgmma_cluster);
-  bind("linear_wave_tokens", linear_wave_tokens);
   m.def(
       "shrink_beside_product_percent",
       [](int64_t num_tokens, int64_t num_slots, int64_t in_features, int num_slices, int max_rank) {
