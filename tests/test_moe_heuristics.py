@@ -321,6 +321,7 @@ def test_the_moe_expand_is_dense_where_one_adapter_fills_the_sms(
     num_groups=GROUPS,
     columns=st.integers(1, 100_000),
     max_rank=st.integers(1, 1024),
+    splits=st.integers(1, 16),
     sm_count=SM_COUNTS,
 )
 def test_warps_of_the_moe_expand_take_two_units_only_beyond_a_wave(**shape: int) -> None:
@@ -333,20 +334,28 @@ def test_warps_of_the_moe_expand_take_two_units_only_beyond_a_wave(**shape: int)
 
 
 @pytest.mark.parametrize(
-    ("units", "num_pairs", "columns", "max_rank"),
+    ("units", "num_pairs", "columns", "max_rank", "splits"),
     [
-        (1, 82, 2048, 16),  # Qwen3-30B, w2: 656 CTAs of one unit a warp, 660 have room
-        (2, 83, 2048, 16),
-        (1, 49, 2048, 32),  # 392 of 396
-        (2, 50, 2048, 17),
-        (1, 4096, 2048, 33),
+        (1, 82, 2048, 16, 4),  # Qwen3-30B, w2: 656 CTAs of one unit a warp, 660 have room
+        (2, 83, 2048, 16, 4),
+        (1, 131, 2048, 16, 8),  # lanes share the parts of K
+        (2, 133, 2048, 16, 8),
+        (1, 49, 2048, 32, 2),  # 392 of 396
+        (2, 50, 2048, 17, 2),
+        (1, 66, 2048, 17, 4),
+        (1, 4096, 2048, 33, 1),
     ],
 )
 def test_a_wave_of_the_moe_expand_of_few_pairs(
-    units: int, num_pairs: int, columns: int, max_rank: int
+    units: int, num_pairs: int, columns: int, max_rank: int, splits: int
 ) -> None:
     found = testing.moe_expand_units(
-        num_pairs=num_pairs, num_groups=1024, columns=columns, max_rank=max_rank, sm_count=132
+        num_pairs=num_pairs,
+        num_groups=1024,
+        columns=columns,
+        max_rank=max_rank,
+        splits=splits,
+        sm_count=132,
     )
     assert found == units
 

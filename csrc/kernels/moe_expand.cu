@@ -383,8 +383,9 @@ cudaError_t moe_expand(const MoeApplyParams& p, const MoeShrinkConfig& config) {
   const int sm_count = device_properties().sm_count;
   const bool many_by_shape =
       moe_expand_is_many(p.num_pairs, moe_groups(p), p.max_rank, params.splits);
-  const int units_by_shape = moe_expand_units(
-      p.num_pairs, moe_groups(p), p.slices.offset[p.slices.count], p.max_rank, sm_count);
+  const int units_by_shape =
+      moe_expand_units(p.num_pairs, moe_groups(p), p.slices.offset[p.slices.count], p.max_rank,
+                       params.splits, sm_count);
   const bool half_y = p.y_dtype != DType::kFloat32;
   const Way way = !half_y || !many_by_shape        ? Way::kFew
                   : p.max_rank > 16 && has_wgmma() ? Way::kWgmma

@@ -198,16 +198,23 @@ inline bool moe_expand_is_many(int64_t num_pairs, int64_t num_groups, int max_ra
          (num_pairs / 16 >= num_groups || (max_rank > 16 && num_pairs > 2048));
 }
 
+// Whether parts of K are so many that in the expand lanes without a pair had better take some of
+// them: more than a lane asks for at once, which is four of up to 16 ranks, one of more.
+inline bool moe_expand_shares_splits(int splits, int max_rank) {
+  return max_rank <= 64 && splits >= (max_rank <= 16 ? 8 : 4);
+}
+
 // Units of 64 columns that a warp of the expand of few pairs takes, all loads of which are on their
 // way at once: two where a unit is small, ranks up to 32, and B is more than the CTAs of one unit a
 // warp hold that have room beside the shrink: five of 8 KB on an SM, or three of 16 (Qwen3-30B, 16
-// tokens, w2: 7.6 -> 6.7 us, w13 of one adapter 8.1 -> 7.3).
+// tokens, w2: 7.6 -> 6.7 us, w13 of one adapter 8.1 -> 7.3). Where lanes share the parts of K,
+// which two units do not, only where it is 64 KB on an SM.
 inline int moe_expand_units(int64_t num_pairs, int64_t num_groups, int64_t columns, int max_rank,
-                            int sm_count) {
+                            int splits, int sm_count) {
   const bool narrow = max_rank <= 16;
   const int64_t b_bytes = likely_moe_tiles(num_pairs, num_groups) * columns * (narrow ? 32 : 64);
-  const int64_t room = (narrow ? 5 * 8 : 3 * 16) * int64_t{1024} * sm_count;
-  return max_rank <= 32 && b_bytes > room ? 2 : 1;
+  const int room = moe_expand_shares_splits(splits, max_rank) ? 64 : narrow ? 5 * 8 : 3 * 16;
+  return max_rank <= 32 && b_bytes > int64_t{1024} * room * sm_count ? 2 : 1;
 }
 
 // Whether it had better have more CTAs on an SM, six of two units a warp instead of four, than ask
@@ -236,12 +243,6 @@ inline int moe_expand_blocks_per_sm(int64_t num_pairs, int64_t num_groups, int b
                                     bool dense, int sm_count) {
   const int64_t likely = likely_moe_tiles(num_pairs, num_groups) * blocks;
   return units == 2 && !dense && likely <= 8 * int64_t{sm_count} ? 4 : 16;
-}
-
-// Whether parts of K are so many that in the expand lanes without a pair had better take some of
-// them: more than a lane asks for at once, which is four of up to 16 ranks, one of more.
-inline bool moe_expand_shares_splits(int splits, int max_rank) {
-  return max_rank <= 64 && splits >= (max_rank <= 16 ? 8 : 4);
 }
 
 // Rows of the grids over tiles: all that there can be while CTAs are few; beyond, each CTA takes

@@ -259,7 +259,7 @@ void bind_moe(py::module_& m) {
   m.def("moe_expand_is_many", &moe_expand_is_many, py::kw_only(), "num_pairs"_a, "num_groups"_a,
         "max_rank"_a, "splits"_a);
   m.def("moe_expand_units", &moe_expand_units, py::kw_only(), "num_pairs"_a, "num_groups"_a,
-        "columns"_a, "max_rank"_a, "sm_count"_a);
+        "columns"_a, "max_rank"_a, "splits"_a, "sm_count"_a);
   py::class_<MoeShrinkConfig>(m, "MoeShrinkConfig")
       .def_readonly("row_blocks", &MoeShrinkConfig::row_blocks)
       .def_readonly("blocks", &MoeShrinkConfig::blocks)
