@@ -168,6 +168,7 @@ template <int kBlocks>
 struct DecodeShrinkTraits {
   static constexpr int kRows = 16 * kBlocks;
   static constexpr int kSteps = shrink_steps(kBlocks);
+  static constexpr bool kAlike = kBlocks == 1;  // as split_rules cuts tiles
   // Whether there are registers to look the plan up again while the first loads are on their way.
   static constexpr bool kSpeculates = kBlocks == 1;
   static constexpr int kPartialStride = kTileTokens + 4;  // float2 stores hit distinct banks
@@ -309,7 +310,7 @@ __device__ __forceinline__ void decode_shrink_body(const DecodeShrinkParams& p, 
     if (confirmed) {
       break;
     }
-    work = read_work < kBlocks == 1 > (p.batch, part, work);
+    work = read_work<Traits::kAlike>(p.batch, part, work);
     piece = ShrinkPiece(p.batch, work, part, group);
     confirmed = true;
   } while (piece.rows > 0);
@@ -363,7 +364,7 @@ __global__ void __launch_bounds__(kShrinkThreads, 2)
     device::grid_dependency_wait();
     return;
   }
-  ShrinkWork work = find_work < kBlocks == 1 > (p.batch, part);
+  ShrinkWork work = find_work<Traits::kAlike>(p.batch, part);
   ShrinkPiece piece(p.batch, work, part, group);
   const bool likely = !kGeneral && !kBeside && piece.rows > 0;
   if (likely) {
@@ -375,7 +376,7 @@ __global__ void __launch_bounds__(kShrinkThreads, 2)
       device::grid_dependency_wait();
     }
     device::grid_dependency_launch();
-    work = read_work < kBlocks == 1 > (p.batch, part, work);
+    work = read_work<Traits::kAlike>(p.batch, part, work);
     piece = ShrinkPiece(p.batch, work, part, group);
     if (piece.rows == 0) {
       return;

@@ -12,7 +12,7 @@
 #include "common/vec.cuh"
 #include "common/wgmma.cuh"
 #include "kernels/decode_tile.cuh"
-#include "kernels/heuristics.h"
+#include "kernels/wide_heuristics.h"
 
 namespace lora_ext::cuda {
 

@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "common/params.h"
-#include "kernels/heuristics.h"
+#include "kernels/wide_heuristics.h"
 
 namespace lora_ext::cuda {
 

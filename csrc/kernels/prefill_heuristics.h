@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "kernels/heuristics.h"
+#include "kernels/wide_heuristics.h"
 
 namespace lora_ext {
 

@@ -10,6 +10,7 @@
 #include "kernels/linear_heuristics.h"
 #include "kernels/moe_heuristics.h"
 #include "kernels/prefill_heuristics.h"
+#include "kernels/wide_heuristics.h"
 
 namespace py = pybind11;
 using namespace py::literals;
