@@ -111,6 +111,27 @@ def test_every_warp_of_the_decode_shrink_has_work(**shape: int) -> None:
     assert splits[0] == 1 or splits[0] * 32 * 8 < shape["in_features"] + 32 * 8
 
 
+@pytest.mark.parametrize(
+    ("in_features", "max_rank", "parts"), [(4096, 16, 4), (8192, 32, 8), (28672, 16, 16)]
+)
+def test_a_warp_of_a_small_decode_shrink_has_one_round_of_loads(
+    in_features: int, max_rank: int, parts: int
+) -> None:
+    """Five steps of 32 features each of eight warps, as long as K is cut into no more than 16."""
+    config = testing.apply_config(
+        num_tokens=1,
+        num_slots=8,
+        in_features=in_features,
+        num_slices=1,
+        max_rank=max_rank,
+        sm_count=132,
+        half=True,
+        batch_invariant=False,
+    )
+    assert config.blocks == 1
+    assert config.split_rules.cuts(1).parts(0) == parts
+
+
 def test_a_small_apply_divides_the_cache_alike_and_a_large_shrink_wants_all_of_it() -> None:
     qkv = {"num_tokens": 32, "in_features": 4096, "num_slices": 3, "sm_count": 132}
     qkv |= {"half": True, "batch_invariant": False}

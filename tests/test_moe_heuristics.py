@@ -137,10 +137,12 @@ def test_how_much_the_moe_shrink_prefetches() -> None:
         config = of(num_pairs=num_pairs, rows=rows, max_rank=max_rank)
         return config.small, config.splits, config.prefetch_features
 
-    # Qwen3-30B's w13: 8 tokens, then 32, and a batch whose rows would have less than 1 KB each.
+    # Qwen3-30B's w13: 8 tokens, then 32, and batches whose rows would have less than 1 KB each or
+    # whose CTAs are not all resident.
     assert prefetched(64, 32, 16) == (True, 4, 512)
     assert prefetched(64, 128, 64) == (False, 2, 256)
     assert prefetched(256, 32, 16) == (False, 1, 512)
+    assert prefetched(128, 128, 64) == (False, 1, 0)
     assert prefetched(256, 128, 64) == (False, 1, 0)
     assert prefetched(1024, 32, 16) == (False, 1, 0)
 

@@ -109,7 +109,8 @@ def lora_fork(
 
     For base layers that are no plain product (quantised ones): fork, run the base layer, then
     :func:`lora_join_`. In a CUDA graph the first half begins as soon as the last thread block of
-    the base layer's last kernel has. The result is for ``lora_join_`` alone: its size and layout
+    the base layer's last kernel has, or, where that is a reduction which itself began early, of the
+    one before it. The result is for ``lora_join_`` alone: its size and layout
     are the kernels' own. Until then it, x and ``lora_a`` must not be freed or written to; where the
     base layer fails, synchronise before they are.
 
