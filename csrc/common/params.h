@@ -157,8 +157,8 @@ struct ApplyParams {
   Slices slices;
   int32_t max_rank;
   bool batch_invariant;  // a row's bits must not depend on what else is in the batch
-  bool beside;  // all but y is final; the first kernel may start before the one that writes y ends
-  bool overlap;     // the shrink may run on a stream of its own, where no graph is captured
+  bool beside;   // all but y is final; the first kernel may start before the one that writes y ends
+  bool overlap;  // the shrink may run on a stream of its own, where no graph is captured
   void* reduction;  // a captured kernel beside whose predecessor the first one starts, and for
                     // whose end the second one waits; else null
   void* workspace;  // fp32 (fp64) elements, as many as the kernel's workspace function asks for
