@@ -156,7 +156,7 @@ int start_behind_both(void* stream, void* reduction) {
   const cudaGraphEdgeData edges[] = {early_edge(cudaGraphKernelNodePortProgrammatic),
                                      early_edge(cudaGraphKernelNodePortLaunchCompletion)};
   const cudaError_t error = set_dependencies(stream, nodes, edges, 2);
-  succeeds(error);
+  succeeds(error);  // or the next launch would fail, too
   return error;
 }
 
