@@ -28,6 +28,7 @@ struct ShrinkWork {
   int num_clusters;  // in the grid
   int places;        // for CTAs of clusters at once
 };
+
 // What a kernel serves: any launch without parts; an apply's by clusters; an apply's by parts. One
 // for all would hold a third to two thirds more code, which too comes from memory while somebody
 // waits for it.
@@ -215,6 +216,7 @@ __device__ __forceinline__ void copy_rows(const ShrinkParams& p, const PieceCopi
     ring.advance();
   }
 }
+
 // The same out of the way of the code that others wait for, since all of it comes from memory.
 template <typename T, typename Traits, ShrinkWay kWay>
 __device__ __noinline__ StageRing<Traits> copy_rows_aside(const ShrinkParams& p,
