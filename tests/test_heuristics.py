@@ -132,6 +132,31 @@ def test_a_warp_of_a_small_decode_shrink_has_one_round_of_loads(
     assert config.split_rules.cuts(1).parts(0) == parts
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "num_slots", "in_features", "rows", "blocks"),
+    [
+        (32, 8, 14336, 64, 1),  # a CTA for one SM in four
+        (256, 8, 14336, 64, 2),
+        (16, 8, 28672, 128, 1),  # for one in two, 59 MB
+        (33, 8, 28672, 128, 2),
+        (32, 32, 4096, 96, 1),  # 25 MB
+        (32, 32, 4096, 192, 2),  # 50 MB
+    ],
+)
+def test_rows_a_cta_of_the_decode_shrink(
+    num_tokens: int, num_slots: int, in_features: int, rows: int, blocks: int
+) -> None:
+    shape = {"num_slots": num_slots, "in_features": in_features, "max_rank": rows, "half": True}
+    shape |= {"num_slices": 1, "sm_count": 132}
+    config = testing.apply_config(num_tokens=num_tokens, batch_invariant=False, **shape)
+    assert (config.blocks, config.row_groups) == (blocks, rows // (16 * blocks))
+    invariant = [
+        testing.apply_config(num_tokens=tokens, batch_invariant=True, **shape).blocks
+        for tokens in (1, 32, 33, 1000)
+    ]
+    assert len(set(invariant)) == 1
+
+
 def test_a_small_apply_divides_the_cache_alike_and_a_large_shrink_wants_all_of_it() -> None:
     qkv = {"num_tokens": 32, "in_features": 4096, "num_slices": 3, "sm_count": 132}
     qkv |= {"half": True, "batch_invariant": False}

@@ -216,6 +216,22 @@ inline SplitRules split_rules(const ApplyShape& s, int blocks, int row_groups, b
   return rules;
 }
 
+// Blocks of 16 rows of A that a CTA of the decode shrink computes, of `row_tiles` for all tiles and
+// rows, and `bytes` of A. One has more loads in flight; two read x half as often (`down`, 256
+// tokens of one adapter of rank 64: 17.7 -> 16.0 us), which counts as soon as an SM in four has a
+// CTA. Up to 32 tokens x is little: then what is in flight counts until an SM in two has one, or
+// until A is more than it takes to keep DRAM busy (70b qkv, 16 tokens of 8 adapters of rank
+// 32: 10.6 -> 9.2 us; 64 tokens of one 7.1 -> 7.6).
+inline int shrink_blocks(const ApplyShape& s, int64_t row_tiles, int64_t bytes) {
+  constexpr int64_t kLittleTokens = 2 * kTileTokens, kMuch = 32 << 20;
+  const int64_t sms = s.sm_count;
+  if (s.num_slices * s.max_rank <= 16 || row_tiles <= sms / 4) {
+    return 1;
+  }
+  const bool little_x = s.num_tokens <= kLittleTokens && !s.batch_invariant;
+  return little_x && (row_tiles <= sms / 2 || bytes <= kMuch) ? 1 : 2;
+}
+
 inline ApplyConfig apply_config(const ApplyShape& s) {
   if (!s.half || (!s.batch_invariant && s.num_tokens > kDecodeMaxTokens)) {
     return {};
@@ -223,13 +239,11 @@ inline ApplyConfig apply_config(const ApplyShape& s) {
   const int rows = s.num_slices * s.max_rank;
   const int64_t tiles =
       s.batch_invariant ? 1 : likely_tiles(s.num_tokens, s.num_slots, kTileTokens);
-  // 16 rows a CTA have more loads in flight; 32 read x half as often (`down`, 256 tokens of one
-  // adapter of rank 64: 17.7 -> 16.0 us), which counts as soon as an SM in four has a tile.
-  const int blocks = rows <= 16 || tiles * ceil_div(rows, 16) <= s.sm_count / 4 ? 1 : 2;
+  const int64_t bytes = tiles * rows * s.in_features * 2;
+  const int blocks = shrink_blocks(s, tiles * ceil_div(rows, 16), bytes);
   // Few bytes and few tiles. With more, copies ahead of time are in the way of those that somebody
   // waits for, and loads want the whole cache (`down`, 32 adapters of rank 16: 10.4 -> 9.4 us).
   constexpr int64_t kSmallBytes = 16 << 20;
-  const int64_t bytes = tiles * rows * s.in_features * 2;
   const bool small = bytes <= kSmallBytes && tiles <= s.sm_count / 8;
   // Kernels that want the cache divided differently are never on an SM at the same time, and small
   // ones live from being there at the same time (`down`, 8 tokens of one adapter of rank 64: 7.7 ->
