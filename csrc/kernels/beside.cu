@@ -107,6 +107,23 @@ Kept& kept() {
 
 }  // namespace
 
+bool start_early(void* stream) {
+  cudaGraphNode_t last = last_captured(stream).value_or(nullptr);
+  if (last == nullptr) {
+    return false;
+  }
+  const std::optional<Begin> begin = begin_of(last);
+  const cudaGraphEdgeData edge = early_edge(cudaGraphKernelNodePortLaunchCompletion);
+  return begin.has_value() && begin->whole && succeeds(set_dependencies(stream, &last, &edge, 1));
+}
+
+void start_late(void* stream) {
+  if (cudaGraphNode_t last = last_captured(stream).value_or(nullptr)) {
+    const cudaGraphEdgeData edge{};
+    succeeds(set_dependencies(stream, &last, &edge, 1));
+  }
+}
+
 bool keep_last_captured(void* stream, const void* key) {
   const std::optional<cudaGraphNode_t> last = last_captured(stream);
   const std::lock_guard<std::mutex> lock(kept().mutex);

@@ -7,6 +7,14 @@
 
 namespace lora_ext::cuda {
 
+// Lets the kernel that is captured next start when the last one's thread blocks all have; that it
+// waits for the end, as for a kernel before it that lets it start, is its own business. Nothing
+// changes, and false, outside of a capture, and where the last one is no kernel or itself began
+// before the end of another.
+bool start_early(void* stream);
+// Takes that back, where nothing was captured since.
+void start_late(void* stream);
+
 // Keeps, under `key`, the node that a stream's capture ends in: null where there is no single last
 // one. Outside of a capture false, and what was kept there before is forgotten.
 bool keep_last_captured(void* stream, const void* key);

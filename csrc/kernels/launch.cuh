@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "common/params.h"
+#include "kernels/beside.h"
 
 namespace lora_ext::cuda {
 
@@ -84,7 +85,11 @@ cudaError_t launch_kernel(void (*kernel)(Params...), const LaunchShape& shape, v
     attributes[count].val.clusterDim.z = 1;
     ++count;
   }
-  if (shape.dependent && device_properties().clusters) {  // both came with sm_90
+  // Both came with sm_90.
+  const bool dependent = shape.dependent && device_properties().clusters;
+  // A kernel that says nothing of it lets nothing start before its end, but an edge of a graph may.
+  const bool early = dependent && start_early(stream);
+  if (dependent && !early) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count].val.programmaticStreamSerializationAllowed = 1;
     ++count;
@@ -104,7 +109,9 @@ cudaError_t launch_kernel(void (*kernel)(Params...), const LaunchShape& shape, v
   config.attrs = attributes;
   config.numAttrs = count;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
-  failed(error);
+  if (failed(error) && early) {
+    start_late(stream);  // what comes next may not wait by itself
+  }
   return error;
 }
 
