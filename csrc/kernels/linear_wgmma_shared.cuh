@@ -94,7 +94,9 @@ constexpr int kLinearWgmmaBound = 32;  // tells the launcher that the kernel is 
 struct LinearPart {
   int cluster, member, first_row, begin, end;  // begin, end: steps of K
   // The step before which the adapters come, for which the stream of W waits: in the midst of it,
-  // at another place for every second CTA, so that the other one of an SM streams meanwhile.
+  // at another place for every second CTA, so that the other one of an SM streams meanwhile, and
+  // early enough that a CTA makes up for what they cost it (an eighth later a site of 32 adapters
+  // takes 2 % longer), but not before xa of few is there (an eighth earlier one of one, 1 %).
   int middle;
 
   __device__ __forceinline__ LinearPart(const LinearWgmmaParams& p, int cluster_)
@@ -104,7 +106,7 @@ struct LinearPart {
     begin = steps * member / cluster;
     end = steps * (member + 1) / cluster;
     const bool late = (blockIdx.x / cluster + member) % 2 != 0;
-    middle = begin + (end - begin) * (late ? 7 : 4) / 8;
+    middle = begin + (end - begin) * (late ? 6 : 3) / 8;
   }
   template <int kGroups>
   __device__ __forceinline__ uint32_t groups() const {
