@@ -137,10 +137,14 @@ def test_a_warp_of_a_small_decode_shrink_has_one_round_of_loads(
     [
         (32, 8, 14336, 64, 1),  # a CTA for one SM in four
         (256, 8, 14336, 64, 2),
-        (16, 8, 28672, 128, 1),  # for one in two, 59 MB
+        (32, 8, 28672, 128, 1),  # for one in two, 59 MB, of four tokens a tile
         (33, 8, 28672, 128, 2),
-        (32, 32, 4096, 96, 1),  # 25 MB
-        (32, 32, 4096, 192, 2),  # 50 MB
+        (128, 32, 4096, 96, 1),  # 25 MB
+        (129, 32, 4096, 96, 2),
+        (129, 64, 4096, 64, 2),  # though of two tokens a tile
+        (128, 32, 4096, 192, 2),  # 50 MB
+        (256, 32, 4096, 48, 1),  # three blocks, 13 MB
+        (256, 31, 4096, 48, 2),
     ],
 )
 def test_rows_a_cta_of_the_decode_shrink(
@@ -149,7 +153,7 @@ def test_rows_a_cta_of_the_decode_shrink(
     shape = {"num_slots": num_slots, "in_features": in_features, "max_rank": rows, "half": True}
     shape |= {"num_slices": 1, "sm_count": 132}
     config = testing.apply_config(num_tokens=num_tokens, batch_invariant=False, **shape)
-    assert (config.blocks, config.row_groups) == (blocks, rows // (16 * blocks))
+    assert (config.blocks, config.row_groups) == (blocks, -(-rows // (16 * blocks)))
     invariant = [
         testing.apply_config(num_tokens=tokens, batch_invariant=True, **shape).blocks
         for tokens in (1, 32, 33, 1000)

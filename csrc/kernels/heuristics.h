@@ -216,20 +216,23 @@ inline SplitRules split_rules(const ApplyShape& s, int blocks, int row_groups, b
   return rules;
 }
 
-// Blocks of 16 rows of A that a CTA of the decode shrink computes, of `row_tiles` for all tiles and
-// rows, and `bytes` of A. One has more loads in flight; two read x half as often (`down`, 256
+// Blocks of 16 rows of A that a CTA of the decode shrink computes, of `all_blocks` that a tile has
+// and `bytes` of A for `tiles`. One has more loads in flight; two read x half as often (`down`, 256
 // tokens of one adapter of rank 64: 17.7 -> 16.0 us), which counts as soon as an SM in four has a
-// CTA. Up to 32 tokens x is little: then what is in flight counts until an SM in two has one, or
-// until A is more than it takes to keep DRAM busy (70b qkv, 16 tokens of 8 adapters of rank
-// 32: 10.6 -> 9.2 us; 64 tokens of one 7.1 -> 7.6).
-inline int shrink_blocks(const ApplyShape& s, int64_t row_tiles, int64_t bytes) {
-  constexpr int64_t kLittleTokens = 2 * kTileTokens, kMuch = 32 << 20;
-  const int64_t sms = s.sm_count;
-  if (s.num_slices * s.max_rank <= 16 || row_tiles <= sms / 4) {
+// CTA. Where tiles have four tokens x is little: then what is in flight counts until an SM in two
+// has a CTA, or until A is so much that DRAM is busy in any case (70b qkv, 16 tokens of 8 adapters
+// of rank 32: 10.6 -> 9.2 us, 64 of one 7.1 -> 7.6). Of three blocks two CTAs of two would have one
+// in vain (qkv, rank 16, 256 tokens of 32 adapters: 12.8 -> 11.9).
+inline int shrink_blocks(const ApplyShape& s, int64_t tiles, int64_t all_blocks, int64_t bytes) {
+  constexpr int64_t kMuch = 32 << 20;
+  const int64_t ctas = tiles * all_blocks;
+  if (all_blocks == 1 || ctas <= s.sm_count / 4) {
     return 1;
   }
-  const bool little_x = s.num_tokens <= kLittleTokens && !s.batch_invariant;
-  return little_x && (row_tiles <= sms / 2 || bytes <= kMuch) ? 1 : 2;
+  const int64_t little_x =
+      all_blocks == 3 ? 8 * tiles : std::min<int64_t>(4 * tiles, kDecodeMaxTokens / 2);
+  const bool in_flight = !s.batch_invariant && s.num_tokens <= little_x;
+  return in_flight && (ctas <= s.sm_count / 2 || bytes <= kMuch) ? 1 : 2;
 }
 
 inline ApplyConfig apply_config(const ApplyShape& s) {
@@ -240,7 +243,7 @@ inline ApplyConfig apply_config(const ApplyShape& s) {
   const int64_t tiles =
       s.batch_invariant ? 1 : likely_tiles(s.num_tokens, s.num_slots, kTileTokens);
   const int64_t bytes = tiles * rows * s.in_features * 2;
-  const int blocks = shrink_blocks(s, tiles * ceil_div(rows, 16), bytes);
+  const int blocks = shrink_blocks(s, tiles, ceil_div(rows, 16), bytes);
   // Few bytes and few tiles. With more, copies ahead of time are in the way of those that somebody
   // waits for, and loads want the whole cache (`down`, 32 adapters of rank 16: 10.4 -> 9.4 us).
   constexpr int64_t kSmallBytes = 16 << 20;
