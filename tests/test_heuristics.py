@@ -164,7 +164,7 @@ def test_rows_a_cta_of_the_decode_shrink(
 def test_a_small_apply_divides_the_cache_alike_and_a_large_shrink_wants_all_of_it() -> None:
     qkv = {"num_tokens": 32, "in_features": 4096, "num_slices": 3, "sm_count": 132}
     qkv |= {"half": True, "batch_invariant": False}
-    sizes = ((8, 16, 58, 58), (32, 16, -1, -1), (32, 64, 28, -1))
+    sizes = ((8, 16, 58, 58), (32, 16, 58, 58), (20, 32, -1, -1), (32, 64, 28, -1))
     for num_slots, max_rank, shrink, expand in sizes:
         config = testing.apply_config(num_slots=num_slots, max_rank=max_rank, **qkv)
         assert config.shrink_shared_percent == shrink

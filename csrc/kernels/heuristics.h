@@ -250,9 +250,12 @@ inline ApplyConfig apply_config(const ApplyShape& s) {
   const bool small = bytes <= kSmallBytes && tiles <= s.sm_count / 8;
   // Kernels that want the cache divided differently are never on an SM at the same time, and small
   // ones live from being there at the same time (`down`, 8 tokens of one adapter of rank 64: 7.7 ->
-  // 6.1 us). Loads on their way live in what is left of the cache, so a large shrink asks for the
-  // least that two CTAs can do with; else an SM may stay divided as the expand before wanted it
-  // (70b qkv, rank 64, 100 tokens zipf: 44.0 -> 39.4; but `down` of rank 16, 9.3 -> 9.6).
+  // 6.1 us), as do those of few bytes whose expand needs little room (qkv, rank 16, 32 tokens zipf:
+  // 7.8 -> 6.3; but rank 32, 17 tokens of 17 adapters: 9.0 -> 10.1). Loads on their way live in
+  // what is left of the cache, so a large shrink asks for the least that two CTAs can do with; else
+  // an SM may stay divided as the expand before wanted it (70b qkv, rank 64, 100 tokens zipf: 44.0
+  // -> 39.4).
+  const bool together = small || (bytes <= kSmallBytes && s.max_rank <= 16);
   constexpr int kSharedPercent = 58;  // two CTAs of each kernel
   constexpr int kLeastSharedPercent = 28;
   const auto row_groups = static_cast<int>(ceil_div(rows, 16 * blocks));
@@ -261,10 +264,10 @@ inline ApplyConfig apply_config(const ApplyShape& s) {
           row_groups,
           split_rules(s, blocks, row_groups, small),
           small ? static_cast<int>(s.in_features) : 4 * 32 * kDecodeWarps,
-          small                 ? kSharedPercent
+          together              ? kSharedPercent
           : bytes > kSmallBytes ? kLeastSharedPercent
                                 : -1,
-          small ? kSharedPercent : -1};
+          together ? kSharedPercent : -1};
 }
 
 // CTAs of the decode expand that walk along the rows of y, `resident` on an SM; 0: one CTA for each
