@@ -135,7 +135,7 @@ def test_a_warp_of_a_small_decode_shrink_has_one_round_of_loads(
 @pytest.mark.parametrize(
     ("num_tokens", "num_slots", "in_features", "rows", "blocks"),
     [
-        (32, 8, 14336, 64, 1),  # a CTA for one SM in four
+        (128, 8, 14336, 64, 1),  # a CTA for one SM in four
         (256, 8, 14336, 64, 2),
         (32, 8, 28672, 128, 1),  # for one in two, 59 MB, of four tokens a tile
         (33, 8, 28672, 128, 2),
@@ -154,11 +154,17 @@ def test_rows_a_cta_of_the_decode_shrink(
     shape |= {"num_slices": 1, "sm_count": 132}
     config = testing.apply_config(num_tokens=num_tokens, batch_invariant=False, **shape)
     assert (config.blocks, config.row_groups) == (blocks, -(-rows // (16 * blocks)))
-    invariant = [
-        testing.apply_config(num_tokens=tokens, batch_invariant=True, **shape).blocks
-        for tokens in (1, 32, 33, 1000)
-    ]
-    assert len(set(invariant)) == 1
+
+
+def test_a_batch_invariant_shrink_has_as_many_rows_a_cta_for_any_batch() -> None:
+    shape = {"num_slots": 8, "in_features": 4096, "num_slices": 1, "max_rank": 1024}
+    shape |= {"sm_count": 132, "half": True}
+    for batch_invariant, blocks in ((False, [1, 2]), (True, [2, 2])):
+        configs = [
+            testing.apply_config(num_tokens=tokens, batch_invariant=batch_invariant, **shape)
+            for tokens in (1, 8)
+        ]
+        assert [config.blocks for config in configs] == blocks
 
 
 def test_a_small_apply_divides_the_cache_alike_and_a_large_shrink_wants_all_of_it() -> None:
